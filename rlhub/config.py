@@ -1,0 +1,157 @@
+"""The recipe: typed sections, one home for every default.
+
+A recipe is YAML. `extends` names files that are merged first (later files win), `key=value` on the command line wins over all of
+them, and a key or type that the schema does not know is an error that names the file, the line and the nearest key.
+Parts of an algorithm (`{name: ..., options}`) are checked against the `Config` dataclass of the module they name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Part = dict[str, Any]  # {"name": module, **options of that module's Config}
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"  # the run folder is <output_dir>/<name>
+    output_dir: str = "runs"
+    seed: int = 0
+    steps: int = 100  # RL or preference steps
+    phases: list[str] = field(default_factory=lambda: ["online"])  # of sft, online; in this order
+    eval_every: int = 10  # steps between evaluations; the first and the last step are always evaluated
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 2  # newest ones kept beside the last of each phase
+    rollouts_every: int = 10  # steps between dumps of generated samples
+    resume: bool = True  # continue when the run folder exists
+    deterministic: bool = True  # fixed threads, batches in uid order
+    runtime: str = "ray"  # ray: one actor per role; local: everything in this process
+
+
+@dataclass
+class ModelConfig:
+    path: str | None = None  # checkpoint folder in the family's Hugging Face layout; None builds `family` from `config` at random
+    family: str = "llada"
+    config: dict[str, Any] = field(default_factory=dict)  # fields of the family's published config.json
+    dtype: str = "float32"
+
+
+@dataclass
+class TaskConfig:
+    name: str = "sort"  # module of rlhub.data
+    train: dict[str, Any] = field(default_factory=dict)  # fields of the module's Config for training rows
+    eval: dict[str, Any] = field(default_factory=dict)  # the same for held-out rows; missing keys are taken from `train`
+    eval_rows: int = 512
+    reward: Part = field(default_factory=lambda: {"name": "exact_match"})  # module of rewards
+    shuffle_rewards: bool = False  # control: permute rewards over the batch, which must stop learning
+
+
+@dataclass
+class SamplerConfig:
+    name: str = "low_confidence"  # module of rlhub.samplers
+    length: int = 8  # canvas tokens
+    steps: int = 8  # denoising steps over the whole canvas
+    block_length: int = 8
+    temperature: float = 1.0
+    early_stop: str = "fill_eos"  # fill_eos: rows stop once a finished block holds EOS, the rest becomes EOS; off: every block is denoised
+    options: dict[str, Any] = field(default_factory=dict)  # fields of the module's Config
+
+
+@dataclass
+class KLConfig:
+    kind: str = "k2"  # k1, k2 or k3
+    coefficient: float = 0.0
+    normalize: str = "none"  # none: as in the paper; length: divided by the scored length, as in ESPO's released code
+    against: str = "reference"  # reference or behavior
+
+
+@dataclass
+class AlgorithmConfig:
+    advantage: Part = field(default_factory=lambda: {"name": "group_mean"})
+    views: Part = field(default_factory=lambda: {"name": "coupled"})
+    likelihood: Part = field(default_factory=lambda: {"name": "elbo"})
+    objective: Part = field(default_factory=lambda: {"name": "sequence_clip"})
+    kl: KLConfig = field(default_factory=KLConfig)
+    length: str = "canvas"  # canvas: every canvas token counts; response: tokens through the first EOS
+    updates: int = 1  # inner updates per batch of rollouts
+    fresh_views: str = "update"  # new noise every update | step | epoch | never
+    reference: str = "none"  # none | frozen | sync_every:N
+    behavior: str = "recompute"  # recompute | rollout | detach | none
+    prompts_per_step: int = 16
+    completions_per_prompt: int = 8
+    on_invalid: str = "drop_sample"  # drop_sample | drop_group | value:x
+    max_staleness: int = 0
+
+
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 5
+    schedule: str = "linear"  # constant | linear | cosine, after the warm-up, counted in optimizer steps
+    final_fraction: float = 0.1  # of the learning rate at the last step
+
+
+@dataclass
+class SFTConfig:
+    steps: int = 800
+    batch_size: int = 128
+    draws: int = 1
+    eval_every: int = 200
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=50, schedule="cosine", final_fraction=0.05
+        )
+    )
+
+
+@dataclass
+class LearnerConfig:
+    backend: str = "deepspeed"  # deepspeed | torch (one process)
+    zero_stage: int = 1
+    micro_batch_tokens: int = 8192
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass
+class RolesConfig:
+    generators: int = 1
+    learners: int = 1
+    scorers: int = 1
+    reward_workers: int = 1
+    gpus_per_generator: float = 0
+    gpus_per_learner: float = 0
+    gpus_per_scorer: float = 0
+    threads: int = 1  # CPU threads of each role
+
+
+@dataclass
+class SyncConfig:
+    transport: str = "object_store"  # module of workers.transports
+    bucket_megabytes: float = 64.0
+    timeout_seconds: float = 60.0
+
+
+@dataclass
+class RewardPoolConfig:
+    deadline_seconds: float = 10.0  # per item
+    batch_size: int = 64
+
+
+@dataclass
+class Recipe:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    eval_temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    roles: RolesConfig = field(default_factory=RolesConfig)
+    weights: SyncConfig = field(default_factory=SyncConfig)
+    reward_pool: RewardPoolConfig = field(default_factory=RewardPoolConfig)
+    about: str = ""  # one paragraph: the task, the hardware and the curve to expect
