@@ -127,7 +127,8 @@ class Batch:
 class Credit:
     """What the reward says of each sample: advantages `[B]`, `[B, S]` or `[B, L]`; labels `[B]` and pairs `[N, 2]` for preferences."""
 
-    advantages: Tensor
+    advantages: Tensor  # float64, 0 where invalid
+    valid: Tensor  # bool [B], samples that count in the objective's mean
     labels: Tensor | None = None
     pairs: Tensor | None = None
 

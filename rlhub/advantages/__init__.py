@@ -1,0 +1,34 @@
+"""Credit assignment: from rewards `[P, G]` to advantages.
+
+A module here has a frozen dataclass `Config` and
+
+    assign(rewards: float64 [P, G] or [P, G, S], batch: Batch, config: Config) -> Credit
+
+Rewards are NaN where a grade is invalid; such samples get advantage 0 and count in no mean. A group with fewer than two valid members
+has no signal and gets zeros.
+"""
+
+import numpy as np
+import torch
+
+from rlhub.types import Batch, Credit
+
+
+def to_credit(matrix: np.ndarray, batch: Batch) -> Credit:
+    """Credit with one advantage per sample from a matrix [P, G] that may hold NaN."""
+    advantages = np.nan_to_num(matrix[batch.group, batch.member], nan=0.0)
+    return Credit(advantages=torch.from_numpy(advantages), valid=torch.from_numpy(batch.valid))
+
+
+def without_lonely(rewards: np.ndarray) -> np.ndarray:
+    """The rewards [P, G] with groups of fewer than two valid members set to NaN."""
+    lonely = (~np.isnan(rewards)).sum(1) < 2
+    return np.where(lonely[:, None], np.nan, rewards)
+
+
+def masked_mean(rewards: np.ndarray) -> np.ndarray:
+    """float64 [P, 1], mean over the valid members of each group; NaN where there are none."""
+    valid = ~np.isnan(rewards)
+    count = valid.sum(1, keepdims=True)
+    total = np.where(valid, rewards, 0.0).sum(1, keepdims=True)
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)

@@ -1,0 +1,193 @@
+"""From rollouts to batches, from masks to packed views, from views to micro-batches and to shards of learners."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from rlhub.types import Attention, Batch, Layout, Rollout, Views
+
+
+def make_batch(rollouts: Sequence[Rollout], *, mask_id: int, span: str, block_length: int = 0, on_invalid: str = "drop_sample") -> Batch:
+    """Arrange graded rollouts in uid order.
+
+    Args:
+        span: `canvas` scores every canvas token, `response` the tokens through the first EOS.
+        on_invalid: what an invalid grade does: `drop_sample`, `drop_group`, or `value:x` which grades it x.
+
+    Raises:
+        ValueError: a rollout has no grade, or `span` or `on_invalid` is unknown.
+    """
+    if span not in ("canvas", "response"):
+        raise ValueError(f"span must be canvas or response, got {span!r}")
+    rollouts = sorted(rollouts, key=lambda rollout: rollout.uid)
+    groups = sorted({rollout.group_uid for rollout in rollouts})
+    index = {group: position for position, group in enumerate(groups)}
+    group = np.array([index[rollout.group_uid] for rollout in rollouts])
+    member = np.zeros(len(rollouts), dtype=np.int64)
+    seen = np.zeros(len(groups), dtype=np.int64)
+    for position, row in enumerate(group):
+        member[position] = seen[row]
+        seen[row] += 1
+    rewards = np.full((len(groups), int(seen.max())), np.nan)
+    for rollout, row, column in zip(rollouts, group, member, strict=True):
+        if rollout.reward is None:
+            raise ValueError(f"rollout {rollout.uid} has no grade")
+        rewards[row, column] = _graded_value(rollout, on_invalid)
+    if on_invalid == "drop_group":
+        failed = group[[not rollout.reward.valid for rollout in rollouts]]
+        rewards[failed] = np.nan
+    length = np.array([rollout.length for rollout in rollouts])
+    canvas = np.array([len(rollout.completion_ids) for rollout in rollouts])
+    return Batch(
+        uid=np.array([rollout.uid for rollout in rollouts], dtype=np.uint64),
+        group=group,
+        prompts=[rollout.prompt_ids for rollout in rollouts],
+        completions=[rollout.completion_ids for rollout in rollouts],
+        length=length,
+        span=canvas if span == "canvas" else length,
+        rewards=rewards,
+        member=member,
+        mask_id=mask_id,
+        unmask_step=[rollout.unmask_step for rollout in rollouts],
+        logp_model=[rollout.logp_model for rollout in rollouts],
+        block_length=block_length,
+    )
+
+
+def _graded_value(rollout: Rollout, on_invalid: str) -> float:
+    if rollout.reward.valid:
+        return rollout.reward.value
+    kind, _, value = on_invalid.partition(":")
+    if kind == "value":
+        return float(value)
+    if on_invalid not in ("drop_sample", "drop_group"):
+        raise ValueError(f"on_invalid must be drop_sample, drop_group or value:x, got {on_invalid!r}")
+    return float("nan")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One noisy row of a sample, in terms of its completion.
+
+    Args:
+        masked: bool [span], positions that the model does not see.
+        scored: bool [span], positions whose true token is scored; None scores the masked ones.
+        weight: weight of each score, one number or float [span].
+        prompt_masked: bool [Lp], prompt positions hidden as well.
+        step: denoising step that the row replays.
+    """
+
+    sample: int
+    draw: int
+    masked: np.ndarray
+    weight: float | np.ndarray = 1.0
+    scored: np.ndarray | None = None
+    prompt_masked: np.ndarray | None = None
+    step: int | None = None
+
+
+def build_views(batch: Batch, rows: Iterable[Row], num_draws: int, attention: Attention = "full") -> Views:
+    """Pack noisy rows; the rows of a sample must be contiguous and in sample order."""
+    rows = list(rows)
+    tokens, lengths, starts = [], [], []
+    score_row, score_position, score_target, score_weight = [], [], [], []
+    for number, row in enumerate(rows):
+        prompt, span = batch.prompts[row.sample], int(batch.span[row.sample])
+        completion = batch.completions[row.sample][:span]
+        if row.prompt_masked is not None:
+            prompt = np.where(row.prompt_masked, batch.mask_id, prompt)
+        tokens.append(np.concatenate([prompt, np.where(row.masked, batch.mask_id, completion)]))
+        lengths.append(len(prompt) + span)
+        starts.append(len(prompt))
+        positions = np.flatnonzero(row.masked if row.scored is None else row.scored)
+        score_row.append(np.full(len(positions), number))
+        score_position.append(positions + len(prompt))
+        score_target.append(completion[positions])
+        weight = row.weight if np.isscalar(row.weight) else row.weight[positions]
+        score_weight.append(np.broadcast_to(np.asarray(weight, dtype=np.float32), len(positions)))
+    steps = [row.step for row in rows]
+    return Views(
+        sample=torch.tensor([row.sample for row in rows]),
+        draw=torch.tensor([row.draw for row in rows]),
+        tokens=torch.from_numpy(np.concatenate(tokens).astype(np.int32)),
+        layout=pack_layout(lengths, attention),
+        completion_start=torch.tensor(starts),
+        score_row=torch.from_numpy(np.concatenate(score_row).astype(np.int64)),
+        score_position=torch.from_numpy(np.concatenate(score_position).astype(np.int64)),
+        score_target=torch.from_numpy(np.concatenate(score_target).astype(np.int64)),
+        score_weight=torch.from_numpy(np.concatenate(score_weight).astype(np.float32)),
+        num_samples=len(batch),
+        num_draws=num_draws,
+        canvas_length=max(len(completion) for completion in batch.completions),
+        length=torch.from_numpy(np.asarray(batch.span, dtype=np.int64)),
+        step=None if any(step is None for step in steps) else torch.tensor(steps),
+    )
+
+
+def pack_layout(lengths: Sequence[int], attention: Attention = "full") -> Layout:
+    """The layout of rows of the given lengths, one segment and one block each."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    total = int(offsets[-1])
+    positions = np.arange(total) - np.repeat(offsets[:-1], lengths)
+    zeros = torch.zeros(total, dtype=torch.int32)
+    return Layout(
+        position_ids=torch.from_numpy(positions.astype(np.int32)),
+        segment_ids=zeros,
+        block_ids=zeros,
+        row_offsets=torch.from_numpy(offsets.astype(np.int32)),
+        attention=attention,
+    )
+
+
+def slice_layout(layout: Layout, first: int, last: int) -> Layout:
+    """The layout of rows `first` to `last` (exclusive)."""
+    begin, end = int(layout.row_offsets[first]), int(layout.row_offsets[last])
+    return replace(
+        layout,
+        position_ids=layout.position_ids[begin:end],
+        segment_ids=layout.segment_ids[begin:end],
+        block_ids=layout.block_ids[begin:end],
+        row_offsets=layout.row_offsets[first : last + 1] - begin,
+    )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A contiguous run of rows and of their scores."""
+
+    first_row: int
+    last_row: int  # exclusive
+    first_score: int
+    last_score: int  # exclusive
+
+
+def micro_batches(views: Views, max_tokens: int, first_row: int = 0, last_row: int | None = None) -> list[MicroBatch]:
+    """Cut rows into runs of at most `max_tokens` tokens; a longer single row forms a run of its own.
+
+    The scores of a row must be contiguous and ordered by row, as `build_views` makes them.
+    """
+    last_row = views.num_rows if last_row is None else last_row
+    offsets = views.layout.row_offsets.numpy()
+    scores = torch.searchsorted(views.score_row, torch.arange(views.num_rows + 1)).numpy()
+    runs, start = [], first_row
+    for row in range(first_row, last_row):
+        if row > start and offsets[row + 1] - offsets[start] > max_tokens:
+            runs.append((start, row))
+            start = row
+    if last_row > start:
+        runs.append((start, last_row))
+    return [MicroBatch(first, last, int(scores[first]), int(scores[last])) for first, last in runs]
+
+
+def shard_rows(views: Views, num_shards: int) -> list[tuple[int, int]]:
+    """Row ranges of each shard: consecutive samples, cut so that row tokens are as even as whole samples allow."""
+    offsets = views.layout.row_offsets.numpy().astype(np.int64)
+    starts = np.flatnonzero(np.diff(views.sample.numpy(), prepend=-1))
+    targets = offsets[-1] * np.arange(1, num_shards) / num_shards
+    cuts = [int(starts[np.abs(offsets[starts] - target).argmin()]) for target in targets]
+    edges = [0, *np.maximum.accumulate(cuts).tolist(), views.num_rows] if num_shards > 1 else [0, views.num_rows]
+    return list(zip(edges[:-1], edges[1:], strict=True))

@@ -1,0 +1,55 @@
+"""Objectives: from log-likelihoods under the compared policies to a scalar to minimise.
+
+A module here has a frozen dataclass `Config` and
+
+    loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor scalar, dict[str, float]]
+
+It sees the whole global batch in uid order in float64, so it may couple a group or the batch. Means run over the valid samples
+(`credit.valid`), whether or not their advantage is zero. An optional module constant `NEEDS = ("proximal", ...)` names the scores
+other than `policy` that must be present.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhub.types import Credit, LogLikelihood
+
+
+def valid_mean(per_sample: Tensor, credit: Credit) -> Tensor:
+    """Mean over valid samples of a `[B]` tensor."""
+    return (per_sample * credit.valid).sum() / credit.valid.sum().clamp(min=1)
+
+
+def token_mean(per_token: Tensor, likelihood: LogLikelihood) -> Tensor:
+    """[B], mean of `[B, L]` over the counted tokens of each sample."""
+    return (per_token * likelihood.mask).sum(1) / likelihood.mask.sum(1).clamp(min=1)
+
+
+def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """min(ratio A, clip(ratio, 1 - low, 1 + high) A), elementwise (PPO, arXiv 1707.06347, Eq. 7).
+
+    At a tie the two branches share the gradient evenly, so at ratio 1 it is the full one even for clip widths of 0.
+    """
+    ratio = log_ratio.exp()
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+
+
+def ratio_metrics(log_ratio: Tensor, advantage: Tensor, counted: Tensor, clip_low: float, clip_high: float) -> dict[str, float]:
+    """Statistics of the importance ratio over the counted entries; `clip/fraction` counts those whose gradient is cut."""
+    counted = counted.expand_as(log_ratio)
+    if not counted.any():
+        return {}
+    ratio = log_ratio.detach().exp()[counted]
+    advantage = advantage.expand_as(log_ratio)[counted]
+    low = (advantage < 0) & (ratio < 1 - clip_low)
+    high = (advantage > 0) & (ratio > 1 + clip_high)
+    return {
+        "ratio/mean": ratio.mean().item(),
+        "ratio/min": ratio.min().item(),
+        "ratio/max": ratio.max().item(),
+        "clip/low": low.double().mean().item(),
+        "clip/high": high.double().mean().item(),
+        "clip/fraction": (low | high).double().mean().item(),
+    }

@@ -1,0 +1,28 @@
+"""Clipped token-level objective (GRPO, arXiv 2402.03300; with mean-field log-probs it is diffu-GRPO, d1, arXiv 2504.12216)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlhub.objectives import clipped_surrogate, ratio_metrics, token_mean, valid_mean
+from rlhub.types import Credit, Scores
+
+NEEDS = ("proximal",)
+
+
+@dataclass(frozen=True)
+class Config:
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+
+def loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor, dict[str, float]]:
+    """Negative mean over valid samples of the mean over tokens of the clipped surrogate."""
+    log_ratio = scores.policy.value - scores.proximal.value.detach()
+    advantage = credit.advantages if credit.advantages.dim() == 2 else credit.advantages[:, None]
+    surrogate = clipped_surrogate(log_ratio, advantage, config.clip_low, config.clip_high)
+    counted = scores.policy.mask & credit.valid[:, None]
+    metrics = ratio_metrics(log_ratio, advantage, counted, config.clip_low, config.clip_high)
+    return -valid_mean(token_mean(surrogate, scores.policy), credit), metrics

@@ -1,0 +1,22 @@
+"""Advantage-weighted log-likelihood per scored token, without a ratio: supervised learning when every advantage is 1 (LLaDA, section 2.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlhub.objectives import token_mean, valid_mean
+from rlhub.types import Credit, Scores
+
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+
+def loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor, dict[str, float]]:
+    """-(1/B) sum_i A_i L_i / length_i."""
+    policy = scores.policy
+    per_sample = policy.value / policy.length if policy.value.dim() == 1 else token_mean(policy.value, policy)
+    return -valid_mean(credit.advantages * per_sample, credit), {}

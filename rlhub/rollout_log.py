@@ -1,0 +1,77 @@
+"""Dumps of generated samples, `rollouts/step_00010.jsonl`: readable without the tokenizer, one JSON object a sample.
+
+    {"schema": 1, "step": 10, "uid": 7, "group_uid": 1, "prompt": "...", "completion": "...", "tokens": ["3", "+", ...],
+     "unmask_step": [0, 2, ...], "logp": [-0.1, null, ...], "reward": 1.0, "status": "ok", "length": 5}
+
+`tokens`, `unmask_step` and `logp` cover the whole canvas; `logp` is the model's at temperature 1 at the step that committed the token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhub.errors import DataError
+from rlhub.metrics import plain, replace_text
+from rlhub.types import Rollout
+
+SCHEMA = 1
+UNGRADED = "ungraded"
+
+
+def rollout_path(run_dir: Path | str, step: int) -> Path:
+    return Path(run_dir) / "rollouts" / f"step_{step:05d}.jsonl"
+
+
+def rollout_files(run_dir: Path | str) -> list[Path]:
+    """The dumps of a run in the order of their steps."""
+    return sorted((Path(run_dir) / "rollouts").glob("step_*.jsonl"), key=lambda path: int(path.stem.removeprefix("step_")))
+
+
+def dump_rollouts(
+    path: Path | str, step: int, rollouts: Sequence[Rollout], texts: Sequence[tuple[str, str]], token_strings: Sequence[Sequence[str]]
+) -> None:
+    """Writes one dump at once. `texts` holds prompt and completion of each rollout, `token_strings` its canvas token by token."""
+    rows = [
+        rollout_row(step, rollout, *text, strings) for rollout, text, strings in zip(rollouts, texts, token_strings, strict=True)
+    ]
+    replace_text(Path(path), "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def rollout_row(step: int, rollout: Rollout, prompt: str, completion: str, tokens: Sequence[str]) -> dict[str, Any]:
+    """One sample in the schema above."""
+    return {
+        "schema": SCHEMA,
+        "step": step,
+        "uid": int(rollout.uid),
+        "group_uid": int(rollout.group_uid),
+        "prompt": prompt,
+        "completion": completion,
+        "tokens": list(tokens),
+        "unmask_step": plain(rollout.unmask_step),
+        "logp": plain(rollout.logp_model),
+        "reward": None if rollout.reward is None else plain(rollout.reward.value),
+        "status": UNGRADED if rollout.reward is None else rollout.reward.status,
+        "length": int(rollout.length),
+    }
+
+
+def read_rollouts(path: Path | str) -> list[dict[str, Any]]:
+    """The rows of a dump."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not a JSON object ({error.msg}); delete the line to go on") from None
+        if row.get("schema") != SCHEMA:
+            raise DataError(f"{path}, line {number}: schema {row.get('schema')!r}, this version reads {SCHEMA}; delete the file to go on")
+        rows.append(row)
+    return rows
+
+
+def token_strings(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Each token of a canvas on its own, special tokens by name, for display."""
+    return [tokenizer.decode([int(token)]) for token in ids]

@@ -1,0 +1,95 @@
+"""Text to token ids and back, for checkpoint tokenizers and for the small vocabularies of the built-in tasks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlhub.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = {"mask_token": "[MASK]", "eos_token": "[EOS]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+
+Prompt = str | list[dict[str, str]]
+
+
+def word_level(tokens: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of whitespace-separated words: `tokens` get the ids from 0, then come `[MASK]`, `[EOS]`, `[PAD]` and `[UNK]`.
+
+    Example:
+        >>> word_level(["a", "b"]).encode("b a")
+        [1, 0]
+
+    Raises:
+        ValueError: a token is empty, holds white space or appears twice.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*tokens, *SPECIAL_TOKENS.values()]
+    for word, count in Counter(words).items():
+        if count > 1 or word.split() != [word]:
+            raise ValueError(f"tokens must be distinct words without white space, got {word!r}")
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint folder in the Hugging Face layout.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"no tokenizer in {path}: save one there with the checkpoint, e.g. tokenizer.json ({reason})") from error
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> np.ndarray:
+    """int32 [Lp]: plain text as the tokenizer encodes it, chat messages through its chat template up to the assistant's turn.
+
+    Raises:
+        DataError: the prompt has no tokens or a word outside the vocabulary, or it is a chat and the tokenizer has no chat template.
+    """
+    return encode_prompts(tokenizer, [prompt])[0]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+    """int32 [Lp] for each prompt, see `encode_prompt`; much faster than one by one."""
+    ids: list[list[int]] = [[] for _ in prompts]
+    plain = [row for row, prompt in enumerate(prompts) if isinstance(prompt, str)]
+    chats = [row for row, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+    if plain:
+        for row, encoded in zip(plain, tokenizer([prompts[row] for row in plain])["input_ids"], strict=True):
+            ids[row] = encoded
+    if chats:
+        if not tokenizer.chat_template:
+            raise DataError("the prompts are chat messages but the tokenizer has no chat template: use an instruction-tuned checkpoint")
+        messages = [prompts[row] for row in chats]
+        encoded_chats = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        for row, encoded in zip(chats, encoded_chats, strict=True):
+            ids[row] = encoded
+    for prompt, encoded in zip(prompts, ids, strict=True):
+        if not encoded:
+            raise DataError(f"the prompt {prompt!r} has no tokens")
+        if tokenizer.unk_token == SPECIAL_TOKENS["unk_token"] and tokenizer.unk_token_id in encoded:
+            raise DataError(f"the prompt {prompt!r} has a word outside the tokenizer's vocabulary of {len(tokenizer)}")
+    return [np.asarray(encoded, dtype=np.int32) for encoded in ids]
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray | Sequence[int]) -> str:
+    """The text of a completion `[L]` up to its first EOS, without special tokens (so positions that were never filled leave no trace)."""
+    row = np.asarray(ids)
+    ends = np.flatnonzero(row == tokenizer.eos_token_id)
+    return tokenizer.decode(row[: ends[0]] if len(ends) else row, skip_special_tokens=True)
