@@ -19,7 +19,10 @@ CELLS = 16
 
 @dataclass(frozen=True)
 class Config:
-    """`answer`: tags or whole, see `rewards.extract_answer`. `grid`: 1.0 for the whole grid (clues included) and 0 for anything less."""
+    """`answer`: tags or whole, see `rewards.extract_answer`. `grid`: 1.0 for any solved grid with the puzzle's clues, 0 for all else.
+
+    The published cell fraction counts one solution only, while 124 of the 500 published puzzles have several.
+    """
 
     answer: str = "tags"
     grid: bool = False
@@ -46,5 +49,13 @@ def grade(prompt: Prompt, completion: str, row: dict[str, Any], config: Config) 
     cells = digits.ljust(CELLS, "0")[:CELLS]
     empty = [cell for cell in range(CELLS) if puzzle[cell] == "0"]
     right = sum(cells[cell] == solution[cell] for cell in empty)
-    value = float(cells == solution) if config.grid else right / len(empty)
+    value = float(_solves(puzzle, cells)) if config.grid else right / len(empty)
     return RewardResult(value, detail=f"{right} of {len(empty)} cells")
+
+
+def _solves(puzzle: str, cells: str) -> bool:
+    rows = [cells[row : row + 4] for row in range(0, CELLS, 4)]
+    columns = [cells[start::4] for start in range(4)]
+    boxes = [cells[corner : corner + 2] + cells[corner + 4 : corner + 6] for corner in (0, 2, 8, 10)]
+    clues_kept = all(clue in ("0", cell) for clue, cell in zip(puzzle, cells, strict=True))
+    return clues_kept and all(set(unit) == set("1234") for unit in rows + columns + boxes)

@@ -184,10 +184,19 @@ def micro_batches(views: Views, max_tokens: int, first_row: int = 0, last_row: i
 
 
 def shard_rows(views: Views, num_shards: int) -> list[tuple[int, int]]:
-    """Row ranges of each shard: consecutive samples, cut so that row tokens are as even as whole samples allow."""
-    offsets = views.layout.row_offsets.numpy().astype(np.int64)
+    """Row ranges of each shard: consecutive whole samples, cut so that row tokens are as even as that allows.
+
+    Raises:
+        ValueError: there are fewer samples than shards.
+    """
     starts = np.flatnonzero(np.diff(views.sample.numpy(), prepend=-1))
-    targets = offsets[-1] * np.arange(1, num_shards) / num_shards
-    cuts = [int(starts[np.abs(offsets[starts] - target).argmin()]) for target in targets]
-    edges = [0, *np.maximum.accumulate(cuts).tolist(), views.num_rows] if num_shards > 1 else [0, views.num_rows]
+    if len(starts) < num_shards:
+        raise ValueError(f"{len(starts)} samples cannot be shared by {num_shards} learners; lower roles.learners")
+    before = views.layout.row_offsets.numpy().astype(np.int64)[starts]
+    total = int(views.layout.row_offsets[-1])
+    cuts = [0]
+    for shard in range(1, num_shards):
+        nearest = int(np.abs(before - total * shard / num_shards).argmin())
+        cuts.append(min(max(nearest, cuts[-1] + 1), len(starts) - num_shards + shard))
+    edges = [*starts[cuts].tolist(), views.num_rows]
     return list(zip(edges[:-1], edges[1:], strict=True))

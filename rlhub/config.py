@@ -39,6 +39,8 @@ class RunConfig:
     rollouts_every: int = 10  # steps between dumps of generated samples
     resume: bool = True  # continue when the run folder exists
     deterministic: bool = True  # fixed threads, batches in uid order
+    trackers: list[str] = field(default_factory=list)  # beside metrics.jsonl: tensorboard
+    dashboard: bool = False  # start Ray's dashboard with a local cluster
     runtime: str = "ray"  # ray: one actor per role; local: everything in this process
 
 
@@ -211,7 +213,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise _located(KeyedError(one_line(error), error.full_key or ""), origins) from error
+        raise _located(KeyedError(f"{one_line(error)}; write a plain value", error.full_key or ""), origins) from error
     validate(recipe, origins)
     return recipe
 
@@ -223,7 +225,7 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML."""
-    return yaml.dump(asdict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(asdict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=140)
 
 
 def validate(recipe: Recipe, origins: Mapping[str, str] | None = None) -> None:
@@ -274,7 +276,7 @@ class _Dumper(yaml.SafeDumper):
 _SCALARS = [
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("tag:yaml.org,2002:int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("tag:yaml.org,2002:float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    ("tag:yaml.org,2002:float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("tag:yaml.org,2002:merge", r"<<", "<"),
 ]
@@ -329,9 +331,11 @@ def _read_layer(path: Path, prefix: str) -> _Layer:
             raise RecipeError(f"{path}:{root.start_mark.line + 1}: a recipe is a mapping (key: value), got {show(root.value)}")
         _walk(loader, root, "", path, layer)
         return layer
+    except RecursionError:
+        raise RecipeError(f"{path}: an alias (*name) lies within its own anchor (&name); write the value out") from None
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem or error.context}; check indentation, quotes and brackets") from error
+        where = f"{path}:{error.problem_mark.line + 1 if error.problem_mark else 1}"
+        raise RecipeError(f"{where}: not valid YAML: {error.problem or error.context}; check indentation, quotes and brackets") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {one_line(error)}; save it as plain UTF-8 text") from error
 
@@ -401,6 +405,7 @@ _CHOICES = {
     "run.runtime": ["ray", "local"],
     "model.dtype": ["float32", "bfloat16"],
     "sampler.early_stop": ["fill_eos", "off"],
+    "sampler.eos": ["allow", "last", "never"],
     "algorithm.kl.kind": ["k1", "k2", "k3"],
     "algorithm.kl.normalize": ["none", "length"],
     "algorithm.kl.against": ["reference", "behavior"],
@@ -471,8 +476,8 @@ def _check_ranges(recipe: Recipe) -> None:
         optimizer = attrgetter(f"{owner}.optimizer")(recipe)
         require(f"{owner}.optimizer.betas", all(0 <= beta < 1 for beta in optimizer.betas), "two numbers in [0, 1)")
         require(f"{owner}.optimizer.final_fraction", optimizer.final_fraction <= 1, "at most 1")
-    temperatures = recipe.eval_temperatures
-    require("eval_temperatures", bool(temperatures) and all(0 <= t < float("inf") for t in temperatures), "a list of numbers, each 0 or more")
+    fits = [0 <= temperature < float("inf") for temperature in recipe.eval_temperatures]
+    require("eval_temperatures", bool(fits) and all(fits), "a list of numbers, each 0 or more")
     require("run.seed", recipe.run.seed < 1 << 64, "below 2^64")  # the width of a noise key
     require("learner.zero_stage", recipe.learner.zero_stage in (0, 1, 2, 3), "0, 1, 2 or 3")
 
@@ -483,10 +488,11 @@ def _check_sampler(recipe: Recipe) -> None:
     if length % block:
         lengths = _nearest(length, lambda value: value % block == 0)
         blocks = _nearest(block, lambda value: length % value == 0, highest=length)
-        raise KeyedError(f"{length} is not a multiple of block_length {block}; use length {lengths}, or block_length {blocks}", "sampler.length")
+        fix = f"use length {lengths}, or block_length {blocks}"
+        raise KeyedError(f"{length} is not a multiple of block_length {block}; {fix}", "sampler.length")
     blocks = length // block
     if steps > length:
-        raise KeyedError(f"{steps} steps for a canvas of {length} tokens leave steps without a token; use at most {length}", "sampler.steps")
+        raise KeyedError(f"{steps} steps for a canvas of {length} tokens leave some without a token; use at most {length}", "sampler.steps")
     if steps % blocks:
         wanted = _nearest(steps, lambda value: value % blocks == 0, highest=length)
         raise KeyedError(f"{steps} is not a multiple of the {blocks} blocks (length / block_length); use {wanted}", "sampler.steps")
@@ -499,9 +505,11 @@ def _check_algorithm(recipe: Recipe) -> None:
         raise KeyedError(f"{advantage} compares completions of one prompt and needs at least 2, got 1", "algorithm.completions_per_prompt")
     if kl.coefficient > 0 and getattr(algorithm, kl.against) == "none":
         fix = "algorithm.reference=frozen" if kl.against == "reference" else "algorithm.behavior=recompute"
-        raise KeyedError(f"{kl.coefficient} needs a policy to compare with, but algorithm.{kl.against} is none; set {fix}", "algorithm.kl.coefficient")
+        key = "algorithm.kl.coefficient"
+        raise KeyedError(f"{kl.coefficient:g} needs a policy to compare with, but algorithm.{kl.against} is none; set {fix}", key)
     if algorithm.max_staleness != 0:
-        raise KeyedError(f"{algorithm.max_staleness} is not available: every batch is generated by the current weights; use 0", "algorithm.max_staleness")
+        key = "algorithm.max_staleness"
+        raise KeyedError(f"{algorithm.max_staleness} is not available: every batch is generated by the current weights; use 0", key)
 
 
 def _check_layout(recipe: Recipe) -> None:
@@ -512,9 +520,10 @@ def _check_layout(recipe: Recipe) -> None:
             if (count := getattr(roles, key)) > 1:
                 raise KeyedError(f"run.runtime local is one process, got {count}; use 1, or run.runtime=ray", f"roles.{key}")
     if learner.backend == "torch" and roles.learners > 1:
-        raise KeyedError(f"torch is one process, but roles.learners is {roles.learners}; use deepspeed or roles.learners=1", "learner.backend")
+        key = "learner.backend"
+        raise KeyedError(f"torch is one process, but roles.learners is {roles.learners}; use deepspeed or roles.learners=1", key)
     if roles.learners > sequences:
-        raise KeyedError(f"{roles.learners} learners for {sequences} sequences a step leave some without work; use at most {sequences}", "roles.learners")
+        raise KeyedError(f"{roles.learners} learners for {sequences} sequences a step; use at most {sequences}", "roles.learners")
     if learner.micro_batch_tokens < recipe.sampler.length:
         raise KeyedError(
             f"{learner.micro_batch_tokens} cannot hold one row: the canvas alone has {recipe.sampler.length} tokens; "
@@ -527,23 +536,47 @@ def _check_layout(recipe: Recipe) -> None:
 
 def _check_parts(recipe: Recipe) -> None:
     transport = recipe.weights.transport
-    if "." not in transport and transport not in (known := part_names("transports")):
+    if recipe.run.runtime == "ray" and "." not in transport and transport not in (known := part_names("transports")):
         raise KeyedError(f"no such transport {transport!r}{did_you_mean(transport, known)}", "weights.transport")
     if recipe.model.path and not Path(recipe.model.path).is_dir() and not recipe.model.config:
         raise KeyedError(f"no folder {recipe.model.path!r}{_similar_folders(Path(recipe.model.path))}", "model.path")
     values = asdict(recipe)
     for folder, name_key, option_keys in _PARTS:
+        name, options = _select(values, name_key), {}
+        if folder == "rewards" and isinstance(name, str) and ":" in name:
+            _check_grader_function(recipe.task.reward)
+            continue
         try:
-            module = load_part(folder, _select(values, name_key))
+            module = load_part(folder, name)
         except RecipeError as error:
             raise KeyedError(str(error), name_key) from error
-        options: dict[str, Any] = {}
         for key in option_keys:
             options |= _select(values, key)  # task.eval adds to task.train
             try:
                 part_config(module, options)
             except KeyedError as error:
                 raise KeyedError(error.message, f"{key}.{error.key}".rstrip(".")) from error
+        if folder == "objectives":
+            _check_needs(recipe.algorithm, vars(module).get("NEEDS", ()))
+
+
+def _check_grader_function(reward: Part) -> None:
+    """A reward given as a function, `module:function` or `file.py:function`."""
+    from rewards import load_grader
+
+    try:
+        load_grader(reward)
+    except Exception as error:  # a user's file may fail in any way while it is imported
+        raise KeyedError(f"{reward['name']!r}: {one_line(error)}", "task.reward.name") from error
+
+
+def _check_needs(algorithm: AlgorithmConfig, needs: Sequence[str]) -> None:
+    """An objective that compares policies needs those to exist."""
+    name = algorithm.objective["name"]
+    if "reference" in needs and algorithm.reference == "none":
+        raise KeyedError(f"{name} compares with the reference policy, got none; use frozen or sync_every:N", "algorithm.reference")
+    if "proximal" in needs and algorithm.behavior == "none":
+        raise KeyedError(f"{name} is a ratio to the policy that generated, got none; use recompute", "algorithm.behavior")
 
 
 def _select(values: Mapping[str, Any], key: str) -> Any:

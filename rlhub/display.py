@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
 from rlhub.config import SamplerConfig
-from rlhub.errors import CheckpointError, RecipeError, UserError
+from rlhub.errors import UserError
+from rlhub.parts import assign, flatten
 from rlhub.rollout_log import read_rollouts, rollout_files, token_strings
 from rlhub.types import NEVER, Rollout
 
@@ -99,8 +99,8 @@ def show_sample(path: Path, prompt: str | None = None, overrides: Sequence[str] 
     path = Path(path)
     run_dir = run_folder(path)
     config = sample_config(run_dir, overrides)
-    prompt = prompt if prompt is not None else recorded_prompt(path, run_dir)
     model = load_model(resolve_model_path(path))
+    prompt = recorded_prompt(run_dir) if prompt is None else prompt
     sampler = config.sampler
     [rollout] = generate(
         model,
@@ -134,19 +134,16 @@ def run_folder(path: Path) -> Path | None:
 def sample_config(run_dir: Path | None, overrides: Sequence[str]) -> SampleConfig:
     """Defaults, then the run's sampler, then the overrides; a key or type that does not exist is refused."""
     recorded = OmegaConf.load(run_dir / "config.yaml").get("sampler", {}) if run_dir else {}
-    try:
-        told = OmegaConf.from_dotlist(list(overrides))
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SampleConfig), {"sampler": recorded}, told))
-    except OmegaConfBaseException as error:
-        known = ["seed", "delay", *(f"sampler.{key}" for key in SamplerConfig.__dataclass_fields__)]
-        raise RecipeError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}; known keys: {', '.join(known)}") from None
+    told = OmegaConf.merge({"sampler": recorded}, OmegaConf.from_dotlist(list(overrides)))
+    config = OmegaConf.structured(SampleConfig)
+    for key, value in flatten(OmegaConf.to_container(told)):
+        assign(config, SampleConfig, key, value, owner="sample")
+    return OmegaConf.to_object(config)
 
 
-def recorded_prompt(path: Path, run_dir: Path | None) -> str:
+def recorded_prompt(run_dir: Path | None) -> str:
     """The first prompt of the newest dump of rollouts."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a run folder or a checkpoint folder")
     for file in reversed(rollout_files(run_dir) if run_dir else []):
         for row in read_rollouts(file):
             return row["prompt"]
-    raise UserError(f"{path} has no recorded rollouts to take a prompt from; give one with --prompt")
+    raise UserError('no prompt is recorded there; give one: rlhub sample PATH "PROMPT"')

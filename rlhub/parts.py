@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -33,11 +34,6 @@ class KeyedError(RecipeError):
 
     def __str__(self) -> str:
         return f"{self.key}: {self.message}" if self.key else self.message
-
-
-@dataclasses.dataclass(frozen=True)
-class NoOptions:
-    """The `Config` of a module that declares none."""
 
 
 def part_names(folder: str) -> list[str]:
@@ -73,9 +69,11 @@ def part_config(module: ModuleType, options: Mapping[str, Any]) -> Any:
     """The module's `Config` from the options of a part; the key `name` is skipped, so a whole part may be given.
 
     Raises:
-        KeyedError: an option is unknown or has the wrong type; `key` is the option.
+        KeyedError: an option is unknown or has the wrong type or value; `key` is the option.
     """
-    schema = getattr(module, "Config", NoOptions)
+    schema = vars(module).get("Config")
+    if schema is None:
+        raise KeyedError(f"module {module.__name__} is not a part: it has no dataclass Config with its options", "")
     config = OmegaConf.structured(schema)
     OmegaConf.set_readonly(config, False)  # the dataclass is frozen, the node that collects its values must not be
     for key, value in flatten({key: value for key, value in options.items() if key != "name"}):
@@ -84,8 +82,9 @@ def part_config(module: ModuleType, options: Mapping[str, Any]) -> Any:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise KeyedError(one_line(error), error.full_key or "") from error
-    except ValueError as error:  # a Config may check its values in __post_init__
-        raise KeyedError(one_line(error), "") from error
+    except ValueError as error:  # a Config may check its values in __post_init__, and names the option in its message
+        message = one_line(error)
+        raise KeyedError(message, next((key for key in options if re.search(rf"\b{re.escape(key)}\b", message)), "")) from error
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -16,7 +16,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 
 from rlhub.metrics import Row, phases, series, wilson_interval
 
@@ -38,6 +39,7 @@ STYLE = {
     "svg.hashsalt": "rlhub",
 }
 COLORS = ["#2563eb", "#e2711d", "#1a936f", "#a4356b", "#6d597a", "#b8860b", "#3a7ca5", "#7a7a7a"]
+INK = "#57606a"
 DASHES = ["-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2))]
 SPANS = ["generate", "reward", "score", "learn", "sync", "eval", "checkpoint", "overhead"]
 TIMED_PHASES = ("online", "pairs")
@@ -54,13 +56,12 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric in a panel; `band` names the metrics of its lower and upper edge, `spread` the one of its standard error."""
+    """A metric in a panel; `band` names the metrics of its lower and upper edge."""
 
     key: str
     label: str
     smooth: bool = False
     band: tuple[str, str] | None = None
-    spread: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,13 @@ PANELS = [
     Panel(
         "ELBO of the samples",
         "nats per token",
-        [Curve("elbo/per_token", "ELBO", spread="elbo/standard_error")],
-        note="Band: one standard error of the ELBO difference.",
+        [Curve("elbo/per_token", "ELBO", smooth=True)],
     ),
     Panel(
         "Monte-Carlo error of the ELBO difference",
-        "standard error [nats per token]",
+        "nats per sequence",
         [Curve("elbo/standard_error", "standard error", smooth=True)],
+        note="Mean over sequences of the standard error of policy minus reference (or proximal).",
     ),
     Panel(
         "Probability ratio",
@@ -111,16 +112,20 @@ PANELS = [
     Panel(
         "Clipping",
         "share of sequences",
-        [Curve("clip/fraction", "clipped"), Curve("clip/flip_share", "decision flips under other draws")],
+        [Curve("clip/fraction", "clipped", smooth=True), Curve("clip/flip_share", "would flip under other draws", smooth=True)],
         percent=True,
     ),
-    Panel("Effective sample size", "share of the batch", [Curve("ess", "ESS")], percent=True),
+    Panel("Effective sample size", "share of the batch", [Curve("ess", "ESS", smooth=True)], percent=True),
     Panel("KL to the reference", "nats", [Curve("kl", "KL", smooth=True)]),
     Panel("Groups without signal", "share of groups", [Curve("group/no_signal_share", "all rewards equal", smooth=True)], percent=True),
     Panel(
         "End of text",
         "share of completions",
-        [Curve("eos/flood_rate", "EOS flood"), Curve("eos/early_rate", "early EOS")],
+        [
+            Curve("eos/flood_rate", "EOS flood", smooth=True),
+            Curve("eos/early_rate", "early EOS", smooth=True),
+            Curve("eos/missing_rate", "no EOS", smooth=True),
+        ],
         percent=True,
     ),
     Panel("Gradient norm", "before clipping", [Curve("grad_norm", "norm", smooth=True)], ("sft", "online", "pairs"), log=True),
@@ -166,24 +171,25 @@ def draw_panel(panel: Panel, groups: Sequence[Group], num_problems: int | None =
     wide = len(shown) > 1
     figure = _figure(panel.title, wide)
     all_axes = figure.subplots(1, len(shown), sharey=panel.percent, squeeze=False)[0]
-    legend: dict[str, Any] = {}
+    one = len(groups) == 1
     for axes, phase in zip(all_axes, shown, strict=True):
         for group_index, group in enumerate(groups):
             for curve_index, curve in enumerate(curves):
-                single = len(groups) == 1
-                color = COLORS[(curve_index if single else group_index) % len(COLORS)]
-                label = curve.label if single else group.name if len(curves) == 1 else f"{group.name}, {curve.label}"
-                style = {"color": color, "linestyle": DASHES[curve_index % len(DASHES)]}
+                style = {"color": _color(curve_index if one else group_index), "linestyle": DASHES[curve_index % len(DASHES)]}
                 runs = [series_of(rows, curve, phase) for rows in group.runs]
-                line = _draw_curve(axes, curve, runs, style, num_problems if panel.intervals else None)
-                if line:
-                    legend.setdefault(label, line)
+                _draw_curve(axes, curve, runs, style, num_problems if panel.intervals else None)
     for axes, phase in zip(all_axes, shown, strict=True):
         _finish(axes, panel, phase if wide else None)
     all_axes[0].set_ylabel(panel.ylabel)
-    if len(legend) > 1:
-        columns = (4 if wide else 2) if len(groups) == 1 or len(curves) == 1 else (3 if wide else 1)
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns)
+    keys = [] if one else [Line2D([], [], color=_color(index), label=group.name) for index, group in enumerate(groups)]
+    if len(curves) > 1:
+        colors = [_color(index) if one else INK for index in range(len(curves))]
+        keys += [
+            Line2D([], [], color=color, linestyle=dashes, label=curve.label)
+            for curve, color, dashes in zip(curves, colors, DASHES, strict=False)
+        ]
+    if keys:
+        figure.legend(handles=keys, loc="outside lower center", ncols=6 if wide else 3)
     seeds = any(len(group.runs) > 1 for group in groups)
     return Plot(panel.title, figure, "Line: mean over seeds; band: their range." if seeds else panel.note, wide)
 
@@ -201,10 +207,6 @@ def series_of(rows: Sequence[Row], curve: Curve, phase: str) -> _Series:
     """A curve's points in one run."""
     steps, values = series(rows, curve.key, phase)
     low, high = values, values
-    if curve.spread:
-        errors = dict(zip(*series(rows, curve.spread, phase), strict=True))
-        low = [value - errors.get(step, 0.0) for step, value in zip(steps, values, strict=True)]
-        high = [value + errors.get(step, 0.0) for step, value in zip(steps, values, strict=True)]
     if curve.band:
         lower, upper = (dict(zip(*series(rows, key, phase), strict=True)) for key in curve.band)
         low = [lower.get(step, value) for step, value in zip(steps, values, strict=True)]
@@ -223,20 +225,18 @@ def over_seeds(runs: Sequence[tuple[Sequence[int], Sequence[float]]]) -> tuple[n
 
 
 def smoothed(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Centred running mean over about a twentieth of the points, shorter at the ends so that it lags nowhere."""
-    values = np.asarray(values, dtype=float)
-    reach = len(values) // 40
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    half = np.minimum(reach, np.minimum(index, len(values) - 1 - index))
-    return (total[index + half + 1] - total[index - half]) / (2 * half + 1)
+    """Centred running mean over about a twentieth of the points, over those that exist at the ends."""
+    total = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=float))])
+    index, reach = np.arange(len(values)), len(values) // 40
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
 
 
-def _draw_curve(axes: Axes, curve: Curve, runs: Sequence[_Series], style: dict[str, Any], num_problems: int | None) -> Any:
-    """Draws a metric of one group; returns the line for the legend, None where nothing was measured."""
+def _draw_curve(axes: Axes, curve: Curve, runs: Sequence[_Series], style: dict[str, Any], num_problems: int | None) -> None:
+    """Draws a metric of one group: its line, its band, and error bars where the number of test problems is given."""
     runs = [run for run in runs if run.steps]
     if not runs:
-        return None
+        return
     color = style["color"]
     if len(runs) == 1:
         steps, values, low, high = map(np.asarray, runs[0])
@@ -247,21 +247,22 @@ def _draw_curve(axes: Axes, curve: Curve, runs: Sequence[_Series], style: dict[s
         steps, values, low, high = over_seeds([(run.steps, smoothed(run.values) if curve.smooth else run.values) for run in runs])
     if np.any(high > low):
         axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-    [line] = axes.plot(steps, values, marker="o" if len(steps) <= 30 else None, markersize=3, **style)
+    axes.plot(steps, values, marker="o" if len(steps) <= 30 else None, markersize=3, **style)
     if num_problems and len(runs) == 1:
         bounds = np.array([wilson_interval(value, num_problems) for value in values]).T
         axes.errorbar(steps, values, yerr=np.abs(bounds - values), fmt="none", ecolor=color, elinewidth=0.8, alpha=0.5)
-    return line
 
 
 def _finish(axes: Axes, panel: Panel, phase: str | None) -> None:
     if phase:
-        axes.set_title(PHASE_TITLES.get(phase, phase), fontsize=9, fontweight="normal", color="#57606a")
+        axes.set_title(PHASE_TITLES.get(phase, phase), fontsize=9, fontweight="normal", color=INK)
     _step_axis(axes)
     if panel.reference is not None:
-        axes.axhline(panel.reference, color="#57606a", linewidth=0.8, linestyle=":")
+        axes.axhline(panel.reference, color=INK, linewidth=0.8, linestyle=":")
     if panel.log:
         axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
+    axes.yaxis.set_major_formatter("{x:.4g}")
     if panel.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         low, high = axes.get_ylim()
@@ -275,7 +276,7 @@ def draw_time(groups: Sequence[Group]) -> Plot | None:
     spans = [span for span in SPANS if any(row.get(f"time/{span}_s") for part in rows for row in part)]
     if not spans:
         return None
-    colors = [COLORS[SPANS.index(span) % len(COLORS)] for span in spans]
+    colors = [_color(SPANS.index(span)) for span in spans]
     figure = _figure("Time per phase of a step")
     axes = figure.subplots()
     one = len(groups) == 1 and len(groups[0].runs) == 1
@@ -316,7 +317,7 @@ def draw_sync(groups: Sequence[Group]) -> Plot | None:
     figure = _figure("Weight exchange")
     axes = figure.subplots()
     for index, (steps, seconds), receipts in runs:
-        axes.plot(steps, 1000 * np.array(seconds), ".", color=COLORS[index % len(COLORS)], markersize=4, label=groups[index].name)
+        axes.plot(steps, 1000 * np.array(seconds), ".", color=_color(index), markersize=4, label=groups[index].name)
         failed = [(step, 1000 * value) for step, value in zip(steps, seconds, strict=True) if receipts.get(step, 1) < 1]
         axes.plot([step for step, _ in failed], [value for _, value in failed], "x", color="#c1121f", markersize=8, markeredgewidth=2)
     axes.set_ylabel("milliseconds")
@@ -345,6 +346,10 @@ def _figure(title: str, wide: bool = False) -> Figure:
     figure = Figure(figsize=(8.8 if wide else 4.4, 2.9), layout="constrained", dpi=150)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     return figure
+
+
+def _color(index: int) -> str:
+    return COLORS[index % len(COLORS)]
 
 
 def _step_axis(axes: Axes) -> None:

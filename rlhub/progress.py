@@ -134,7 +134,7 @@ def accuracy_text(accuracy: float | None, num_problems: int | None) -> str:
     if not num_problems:
         return f"{accuracy:.1%}"
     low, high = wilson_interval(accuracy, num_problems)
-    return f"{accuracy:.1%} [{low:.1%}, {high:.1%}]"
+    return f"{accuracy:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def gain_text(before: float | None, after: float | None) -> str:
@@ -153,8 +153,8 @@ def summary_panel(summary: Summary, run_dir: Path | str) -> Panel:
     """The end of a run on one screen: held-out accuracy before and after, on what, in how long, and where everything is.
 
     """
-    table = Table(box=None, padding=(0, 3, 0, 0), title_justify="left")
-    table.add_column("held-out accuracy")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("held-out")
     table.add_column(f"before (step {summary.first_step})", justify="right")
     table.add_column(f"after (step {summary.last_step})", justify="right")
     table.add_column("gain", justify="right")
@@ -171,6 +171,8 @@ def summary_panel(summary: Summary, run_dir: Path | str) -> Panel:
     lines.add_row("run folder", Text(str(run_dir), overflow="fold"))
     body = Table.grid()
     body.add_row(table)
+    if summary.num_problems:
+        body.add_row(Text("in brackets: 95 % Wilson interval", style="dim"))
     body.add_row("")
     body.add_row(lines)
     return Panel(body, title=f"{summary.phase} finished", title_align="left", border_style="green", expand=False, padding=(1, 2))

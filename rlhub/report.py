@@ -12,20 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from omegaconf import OmegaConf
 
 from rlhub.errors import CheckpointError
 from rlhub.metrics import Row, Summary, read_metrics, replace_text, series, summarize
+from rlhub.parts import flatten
 from rlhub.plots import Group, draw_plots
 from rlhub.progress import accuracy_text, clock_text, describe_test_set, gain_text
 from rlhub.rollout_log import read_rollouts, rollout_files
 
+TEMPLATE = Path(__file__).with_name("report.html.j2")
 SAMPLES_PER_DUMP = 6
 UNCOMPARED = ("run.name", "run.output_dir", "run.seed", "about")
 BOOKKEEPING = ("phase", "step", "wall_s")
+ARROW = "\u2192"
 STEP_COLORS = colormaps["viridis"]
 
 
@@ -66,16 +69,17 @@ def render_report(runs: Sequence[Run]) -> str:
     plots = draw_plots([Group(name, [run.rows for run in members]) for name, members in groups.items()], runs[0].num_problems)
     first = runs[0]
     several = len(runs) > 1
-    environment = Environment(loader=PackageLoader("rlhub", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    accuracies = [group_row(name, members) for name, members in groups.items()]
     running = any(not finished(run) for run in runs)
-    return environment.get_template("report.html.j2").render(
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=" / ".join(groups) if several else first.name,
         subtitle=f"{len(runs)} runs" if several else f"rlhub run, {progress_text(first)}",
         about=first.config.get("about") or "",
         running=running,
         state="in progress" if running else "finished",
-        cards=headline(first) if not several else [card for members in groups.values() for card in headline(members[0])[:1]][:4],
-        accuracies=[group_row(name, members) for name, members in groups.items()] if several else [],
+        cards=[group_card(row) for row in accuracies] if several else headline(first),
+        accuracies=accuracies if several else [],
         every_run=[run_row(run) for run in runs] if several else [],
         plots=[{"title": plot.title, "note": plot.note, "wide": plot.wide, "image": plot.data_uri()} for plot in plots],
         health=number_rows(first.rows) if not several else [],
@@ -93,20 +97,9 @@ def load_run(path: Path) -> Run:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a run folder; give the folder that holds metrics.jsonl, such as runs/<name>")
     config_path = path / "config.yaml"
-    config = flatten(OmegaConf.to_container(OmegaConf.load(config_path), resolve=False)) if config_path.is_file() else {}
+    config = dict(flatten(OmegaConf.to_container(OmegaConf.load(config_path)))) if config_path.is_file() else {}
     rows = read_metrics(path / "metrics.jsonl")
     return Run(path, config, rows, summarize(rows))
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping with dotted keys.
-
-    >>> flatten({"run": {"seed": 0}, "about": ""})
-    {'run.seed': 0, 'about': ''}
-    """
-    if not isinstance(config, Mapping) or (prefix and not config):
-        return {prefix: config}
-    return {key: value for name, part in config.items() for key, value in flatten(part, f"{prefix}.{name}" if prefix else name).items()}
 
 
 def group_name(path: Path, seed: int | None = None) -> str:
@@ -164,8 +157,8 @@ def headline(run: Run) -> list[dict[str, str]]:
             intervals = f"{accuracy_text(before, summary.num_problems)} to {accuracy_text(after, summary.num_problems)}"
             cards.append(
                 {
-                    "label": f"{run.name}: held-out accuracy, {name}",
-                    "value": f"{before:.1%} \u2192 {after:.1%}",
+                    "label": f"Held-out accuracy, {name}",
+                    "value": f"{before:.1%} {ARROW} {after:.1%}",
                     "gain": gain_text(before, after),
                     "detail": f"{summary.phase}, steps {summary.first_step} to {summary.last_step}; {intervals}"
                     + (" (95 % Wilson)" if summary.num_problems else ""),
@@ -180,36 +173,45 @@ def headline(run: Run) -> list[dict[str, str]]:
 
 
 def group_row(name: str, members: Sequence[Run]) -> dict[str, Any]:
-    """Final accuracies of one group, over its seeds."""
+    """Final accuracies of one group: mean over its seeds and the value of each."""
     found = [run.summary for run in members if run.summary]
 
-    def over(values: Sequence[float | None], form: str, scale: float = 1.0) -> str:
+    def cell(values: Sequence[float | None], form: str, scale: float = 1.0) -> tuple[str, str]:
         known = [scale * value for value in values if value is not None]
         if not known:
-            return "-"
-        mean = form.format(sum(known) / len(known))
-        return mean if len(known) == 1 else f"{mean} [{form.format(min(known))}, {form.format(max(known))}]"
+            return "-", ""
+        return form.format(sum(known) / len(known)), ", ".join(map(form.format, known)) if len(known) > 1 else ""
 
-    def columns(pairs: Sequence[tuple[float | None, float | None]]) -> tuple[list[str], list[float]]:
-        gains = [after - before for before, after in pairs if before is not None and after is not None]
-        texts = [over([before for before, _ in pairs], "{:.1%}"), over([after for _, after in pairs], "{:.1%}"), over(gains, "{:+.1f}", 100)]
-        return texts, gains
+    def cells(before: Sequence[float | None], after: Sequence[float | None]) -> list[tuple[str, str]]:
+        gains = [None if None in pair else pair[1] - pair[0] for pair in zip(before, after, strict=True)]
+        return [cell(before, "{:.1%}"), cell(after, "{:.1%}"), cell(gains, "{:+.1f}", 100)]
 
-    greedy, gains = columns([(summary.before, summary.after) for summary in found])
-    tempered, _ = columns([(summary.before_t1, summary.after_t1) for summary in found])
-    by_seed = ", ".join(f"{100 * gain:+.1f}" for gain in gains) or "-"
-    return {"name": name, "values": [str(len(members)), *greedy, by_seed, *tempered]}
+    greedy = cells([summary.before for summary in found], [summary.after for summary in found])
+    tempered = cells([summary.before_t1 for summary in found], [summary.after_t1 for summary in found])
+    return {"name": name, "seeds": len(members), "cells": [*greedy, *tempered]}
+
+
+def group_card(row: Mapping[str, Any]) -> dict[str, str]:
+    """A headline card of a group: greedy accuracies before and after, as means over its seeds."""
+    (before, _), (after, _), (gain, gains) = row["cells"][:3]
+    seeds = f"mean of {row['seeds']} seeds; gains {gains}" if gains else ""
+    return {
+        "label": f"{row['name']}: held-out accuracy, greedy",
+        "value": f"{before} {ARROW} {after}",
+        "gain": f"{gain} points",
+        "detail": seeds,
+    }
 
 
 def run_row(run: Run) -> dict[str, Any]:
     """Final accuracies of one run with their intervals."""
     summary = run.summary
     if summary is None:
-        return {"name": run.name, "values": ["-"] * 6, "test_set": "no evaluation yet"}
+        return {"name": run.name, "cells": ["-"] * 6, "test_set": "no evaluation yet"}
     pairs = (summary.before, summary.after, summary.before_t1, summary.after_t1)
     accuracies = [accuracy_text(value, summary.num_problems) for value in pairs]
     seconds = clock_text(summary.seconds) if summary.seconds is not None else "-"
-    return {"name": run.name, "values": [str(summary.last_step), *accuracies, seconds], "test_set": describe_test_set(summary)}
+    return {"name": run.name, "cells": [str(summary.last_step), *accuracies, seconds], "test_set": describe_test_set(summary)}
 
 
 def number_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -223,7 +225,7 @@ def number_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
         values = series(rows, key, phase)[1]
         if values:
             numbers = (values[0], values[-1], sum(values) / len(values), min(values), max(values))
-            table.append({"name": key, "values": [f"{number:.4g}" for number in numbers]})
+            table.append({"name": key, "cells": [f"{number:.4g}" for number in numbers]})
     return table
 
 

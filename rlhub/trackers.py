@@ -5,13 +5,13 @@ Deliberately not a plug-in folder: a new tracker is one class here with `log` an
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from rlhub.errors import RecipeError
 from rlhub.metrics import MetricsLog, Row, plain
+from rlhub.parts import did_you_mean
 
 
 class Tracker(Protocol):
@@ -81,6 +81,4 @@ def check_trackers(names: Sequence[str]) -> None:
     """Refuses a tracker that does not exist."""
     for name in names:
         if name not in TRACKERS:
-            near = difflib.get_close_matches(name, TRACKERS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known trackers: {', '.join(TRACKERS)}"
-            raise RecipeError(f"run.trackers: unknown tracker {name!r}; {hint}")
+            raise RecipeError(f"run.trackers: there is no tracker {name!r}{did_you_mean(name, TRACKERS)}")

@@ -15,20 +15,28 @@ from rlhub.types import Batch, Credit
 
 
 def to_credit(matrix: np.ndarray, batch: Batch) -> Credit:
-    """Credit with one advantage per sample from a matrix [P, G] that may hold NaN."""
+    """Credit with one advantage per sample, or per step of it, from a matrix [P, G] or [P, G, S] that may hold NaN."""
     advantages = np.nan_to_num(matrix[batch.group, batch.member], nan=0.0)
     return Credit(advantages=torch.from_numpy(advantages), valid=torch.from_numpy(batch.valid))
 
 
 def without_lonely(rewards: np.ndarray) -> np.ndarray:
-    """The rewards [P, G] with groups of fewer than two valid members set to NaN."""
+    """The rewards [P, G] or [P, G, S] with groups of fewer than two valid members set to NaN."""
     lonely = (~np.isnan(rewards)).sum(1) < 2
     return np.where(lonely[:, None], np.nan, rewards)
 
 
 def masked_mean(rewards: np.ndarray) -> np.ndarray:
-    """float64 [P, 1], mean over the valid members of each group; NaN where there are none."""
+    """float64 [P, 1] or [P, 1, S], mean over the valid members of each group; NaN where there are none."""
     valid = ~np.isnan(rewards)
     count = valid.sum(1, keepdims=True)
     total = np.where(valid, rewards, 0.0).sum(1, keepdims=True)
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def standardised(rewards: np.ndarray, epsilon: float) -> np.ndarray:
+    """(r - mean) / (std + epsilon) within each group, with the sample standard deviation (n - 1) over the valid members."""
+    centred = rewards - masked_mean(rewards)
+    count = (~np.isnan(rewards)).sum(1, keepdims=True)
+    variance = np.nansum(centred**2, axis=1, keepdims=True) / np.maximum(count - 1, 1)
+    return centred / (np.sqrt(variance) + epsilon)

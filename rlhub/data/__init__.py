@@ -13,19 +13,15 @@ on is decided by a hash of the problem, whatever the seed, or by the file of tes
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import importlib
 import json
-import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from omegaconf import OmegaConf
-
-from rlhub.errors import DataError
+from rlhub.errors import DataError, RecipeError
+from rlhub.parts import load_part, part_config
 from rlhub.types import Example
 
 if TYPE_CHECKING:
@@ -70,23 +66,22 @@ def load_task(name: str, config: dict[str, Any], split: Split, seed: int) -> Tas
     """The split of the task that `name` and its options describe.
 
     Example:
-        >>> load_task("sort", {"digits": 3}, "test", seed=0).size
-        20
+        >>> load_task("sort", {"test_size": 64}, "test", seed=0).size
+        64
 
     Raises:
         DataError: no such task or option, a value of the wrong type, or data that cannot be read or drawn.
     """
     if split not in ("train", "test"):
         raise DataError(f"split must be train or test, got {split!r}")
-    module = _module(name)
-    return module.build(_config(module, name, config), split, seed)
+    module, checked = _load(name, config)
+    return module.build(checked, split, seed)
 
 
 def task_tokenizer(name: str, config: dict[str, Any]) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a task with its own vocabulary; None when the task is text for the model's tokenizer."""
-    module = _module(name)
-    build = vars(module).get("tokenizer")
-    return build(_config(module, name, config)) if build else None
+    module, checked = _load(name, config)
+    return module.tokenizer(checked) if "tokenizer" in vars(module) else None
 
 
 def held_out(problem: str, one_in: int) -> bool:
@@ -107,55 +102,32 @@ def first_accepted(attempt: Callable[[int], Problem | None], what: str) -> Probl
     raise DataError(f"found no {what} in {MAX_ATTEMPTS} draws: relax the task's options")
 
 
-def first_distinct(candidate: Callable[[int], Problem], count: int, what: str) -> list[Problem]:
-    """The first `count` different results of `candidate(0), candidate(1), ...`.
+def first_distinct(
+    candidate: Callable[[int], Problem], count: int, what: str, key: Callable[[Problem], Hashable] = lambda problem: problem
+) -> list[Problem]:
+    """The first `count` results of `candidate(0), candidate(1), ...` that differ in their `key`.
 
     Raises:
         DataError: nearly all candidates repeat, so there are fewer problems than asked for.
     """
-    found: dict[Problem, None] = {}
+    found: dict[Hashable, Problem] = {}
     for number in range(20 * count + 1000):
         if len(found) == count:
             break
-        found.setdefault(candidate(number))
+        problem = candidate(number)
+        found.setdefault(key(problem), problem)
     if len(found) < count:
         raise DataError(f"only {len(found)} different {what} found for test_size={count}: lower test_size")
-    return list(found)
+    return list(found.values())
 
 
-def _module(name: str) -> ModuleType:
-    if "." in name:
-        path = name
-    else:
-        known = [module.name for module in pkgutil.iter_modules(__path__)]
-        if name not in known:
-            raise DataError(f"unknown task {name!r}{_nearest(name, known)}; tasks: {', '.join(known)}")
-        path = f"{__name__}.{name}"
+def _load(name: str, options: dict[str, Any]) -> tuple[ModuleType, Any]:
+    """The module of a task and its Config."""
     try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        # A module that exists but lacks one of its own imports must say so itself.
-        if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
-            raise
-        raise DataError(f"task {name!r}: no module {path!r} on the Python path") from error
-    for attribute in ("Config", "build"):
-        if attribute not in vars(module):
-            raise DataError(f"task module {name!r} has no {attribute}, see the contract in rlhub/data/__init__.py")
-    return module
-
-
-def _config(module: ModuleType, name: str, options: dict[str, Any]) -> Any:
-    known = [field.name for field in fields(module.Config)]
-    for key in options:
-        if key not in known:
-            raise DataError(f"task {name}: unknown option {key!r}{_nearest(key, known)}; options: {', '.join(known)}")
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(module.Config), options))
-    except ValueError as error:
-        reason = ", ".join(line.strip() for line in str(error).splitlines() if "object_type" not in line)
-        raise DataError(f"task {name}: {reason}") from error
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+        module = load_part("data", name)
+        config = part_config(module, options)
+    except RecipeError as error:
+        raise DataError(f"task {name}: {error}") from error
+    if "build" not in vars(module):
+        raise DataError(f"task {name}: {module.__name__} has no build, see the contract in rlhub/data/__init__.py")
+    return module, config

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -93,8 +94,96 @@ def build(config: Config, split: Split, seed: int) -> Task:
         return Task("countdown", split, f"generated, {config.style} style", lambda index: example(index, draw(index)))
     if published:
         problems = published
-        description = f"published {config.path.replace(chr(92), '/').rsplit('/', 1)[-1]}, {len(problems)} problems"
+        description = f"published {Path(config.path).name}, {len(problems)} problems"
     else:
-        problems = first_distinct(draw, config.test_size, "held-out problems")
+        problems = first_distinct(draw, config.test_size, "held-out problems", key=partial(identity, style="published"))
         description = f"generated, {len(problems)} held-out problems"
     return Task("countdown", split, description, lambda index: example(index, problems[index]), len(problems))
+
+
+def tokenizer(config: Config) -> PreTrainedTokenizerFast | None:
+    """Numbers, operators, `=` and `:` for the short style; None for the published one, which is text for the model's tokenizer."""
+    if config.style == "published":
+        return None
+    numbers = range(max(config.max_number, config.max_target) + 1)
+    return word_level([*map(str, numbers), *config.operators, "=", ":"])
+
+
+def render(problem: Problem, expression: str | None, config: Config) -> tuple[Prompt, str | None]:
+    """The prompt of a problem and the completion that gives `expression` (None where there is none): the whole format of both styles."""
+    if config.style == "short":
+        return f"{' '.join(map(str, problem.numbers))} = {problem.target} :", expression
+    operators = " ".join(config.operators)
+    prompt = INSTRUCTION.format(numbers=list(problem.numbers), target=problem.target, operators=operators)
+    answer = expression and f"<reasoning>\n{expression} = {evaluate(expression)}\n</reasoning>\n<answer>\n{expression}\n</answer>"
+    return [{"role": "user", "content": prompt}], answer
+
+
+def identity(problem: Problem, style: str) -> str:
+    """What makes two problems the same in a split: the numbers in any order, and the target too in the published style."""
+    numbers = ",".join(map(str, sorted(problem.numbers)))
+    return numbers if style == "short" else f"{numbers}={problem.target}"
+
+
+def read_problems(path: str) -> list[Problem]:
+    """The problems of a file in the published format.
+
+    Raises:
+        DataError: the file is missing or a row is malformed.
+    """
+    problems = []
+    for number, row in read_jsonl(path):
+        try:
+            problems.append(Problem(tuple(int(value) for value in str(row["input"]).split(",")), int(row["output"])))
+        except (KeyError, ValueError) as error:
+            raise DataError(f'{path}, row {number}: expected {{"input": "30,100,93", "output": "23"}}, got {row}') from error
+    if not problems:
+        raise DataError(f"{path}: no problems")
+    return problems
+
+
+def _membership(config: Config, published: list[Problem], split: Split) -> Callable[[Problem], bool]:
+    """Whether a generated problem may appear in this split."""
+    if published:
+        excluded = {identity(problem, config.style) for problem in published}
+        return lambda problem: identity(problem, config.style) not in excluded
+    return lambda problem: held_out(identity(problem, config.style), HELD_OUT_ONE_IN) == (split == "test")
+
+
+def _draw(stream: Stream, config: Config, belongs: Callable[[Problem], bool], uid: int) -> Problem:
+    def attempt(draw: int) -> Problem | None:
+        u = stream.uniform(4 * config.numbers, uid=uid, draw=draw)
+        numbers = tuple((u[: config.numbers] * config.max_number + 1).astype(int).tolist())
+        expression = _expression(u[config.numbers :], numbers, config)
+        value = evaluate(expression)
+        if value is None or value.denominator != 1 or not 1 <= value <= config.max_target:
+            return None
+        problem = Problem(numbers, int(value), expression)
+        return problem if belongs(problem) else None
+
+    return first_accepted(attempt, "problem")
+
+
+def _demonstration(stream: Stream, config: Config, index: int, problem: Problem) -> str | None:
+    if problem.expression is None or stream.uniform(1, uid=index)[0] < config.correct_fraction:
+        return problem.expression
+
+    def attempt(draw: int) -> str | None:
+        expression = _expression(stream.uniform(3 * config.numbers, uid=index, draw=draw + 1), problem.numbers, config)
+        value = evaluate(expression)
+        return expression if value is not None and value != problem.target else None
+
+    return first_accepted(attempt, f"wrong expression over {list(problem.numbers)} with {config.operators}")
+
+
+def _expression(u: np.ndarray, numbers: tuple[int, ...], config: Config) -> str:
+    """A random expression over all numbers: `u` `[3 n]` gives their order, the operators and (published style) the parentheses."""
+    count = len(numbers)
+    parts = [str(numbers[place]) for place in np.argsort(u[:count], kind="stable")]
+    operators = [config.operators[int(draw * len(config.operators))] for draw in u[count : 2 * count - 1]]
+    if config.style == "short":
+        return " ".join([parts[0], *(text for pair in zip(operators, parts[1:], strict=True) for text in pair)])
+    for operator, draw in zip(operators, u[2 * count :], strict=False):
+        place = int(draw * (len(parts) - 1))
+        parts[place : place + 2] = [f"({parts[place]}{operator}{parts[place + 1]})"]
+    return parts[0][1:-1]

@@ -79,7 +79,9 @@ def read_jsonl(path: str) -> list[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}, row {number}: not JSON ({error.msg} at column {error.colno}); write one object per line") from error
+                raise DataError(
+                    f"{path}, row {number}: not JSON ({error.msg} at column {error.colno}); write one object per line"
+                ) from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}")
             rows.append((number, row))
@@ -102,14 +104,13 @@ def _load(config: Config) -> list[tuple[int, dict[str, Any]]]:
         return read_jsonl(config.path)
     from datasets import Dataset, load_dataset
 
+    parquet = str(existing(config.path)) if config.path.endswith(PARQUET) else None
     try:
-        if config.path.endswith(PARQUET):
-            rows = Dataset.from_parquet(str(existing(config.path)), keep_in_memory=True)
+        if parquet:
+            rows = Dataset.from_parquet(parquet, keep_in_memory=True)
         else:
             rows = load_dataset(config.path, config.subset, split=config.source_split)
     except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
         reason = str(error).strip().partition("\n")[0]
         raise DataError(f"cannot read {config.path}: {reason}; correct the task's path, subset or source_split") from error
     return list(enumerate(rows, start=1))

@@ -187,11 +187,11 @@ class LLaDA(nn.Module):
     def head(self, hidden: Tensor, target_rows: Tensor) -> Tensor:
         """Logits [M, V] that predict the tokens at packed positions `target_rows` [M]; padding rows of the embedding are cut off."""
         transformer = self.model["transformer"]
-        weight = transformer["wte"].weight if self.config.weight_tying else transformer["ff_out"].weight
         selected = hidden[target_rows]
         # A matrix product with one row takes another kernel, whose rounding differs from that of a batch.
         alone = len(target_rows) == 1
-        logits = F.linear(selected.repeat(2, 1) if alone else selected, weight)
+        selected = selected.repeat(2, 1) if alone else selected
+        logits = F.linear(selected, transformer["wte"].weight) if self.config.weight_tying else transformer["ff_out"](selected)
         return (logits[:1] if alone else logits)[:, : self.config.vocab_size]
 
 

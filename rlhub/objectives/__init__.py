@@ -22,9 +22,29 @@ def valid_mean(per_sample: Tensor, credit: Credit) -> Tensor:
     return (per_sample * credit.valid).sum() / credit.valid.sum().clamp(min=1)
 
 
+def spread(credit: Credit, likelihood: LogLikelihood) -> Tensor:
+    """The advantages in the shape of the likelihood's value: one per sample is shared by its tokens or steps.
+
+    Raises:
+        ValueError: advantages per token or step meet a likelihood of another granularity.
+    """
+    advantages, shape = credit.advantages, likelihood.value.shape
+    if advantages.shape == shape:
+        return advantages
+    if advantages.dim() == 1 and len(shape) == 2:
+        return advantages[:, None].expand(shape)
+    raise ValueError(f"advantages of shape {list(advantages.shape)} do not fit a {likelihood.granularity} likelihood {list(shape)}")
+
+
 def token_mean(per_token: Tensor, likelihood: LogLikelihood) -> Tensor:
-    """[B], mean of `[B, L]` over the counted tokens of each sample."""
+    """[B], mean of `[B, L]` or `[B, S]` over the counted tokens or steps of each sample."""
     return (per_token * likelihood.mask).sum(1) / likelihood.mask.sum(1).clamp(min=1)
+
+
+def weighted_mean(credit: Credit, likelihood: LogLikelihood) -> Tensor:
+    """[B], advantage times log-likelihood per scored token: of the sequence, or averaged over its tokens or steps."""
+    weighted = spread(credit, likelihood) * likelihood.value
+    return weighted / likelihood.length if likelihood.granularity == "sequence" else token_mean(weighted, likelihood)
 
 
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlhub.objectives import token_mean, valid_mean
+from rlhub.objectives import valid_mean, weighted_mean
 from rlhub.types import Credit, Scores
 
 
@@ -17,6 +17,4 @@ class Config:
 
 def loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor, dict[str, float]]:
     """-(1/B) sum_i A_i L_i / length_i."""
-    policy = scores.policy
-    per_sample = policy.value / policy.length if policy.value.dim() == 1 else token_mean(policy.value, policy)
-    return -valid_mean(credit.advantages * per_sample, credit), {}
+    return -valid_mean(weighted_mean(credit, scores.policy), credit), {}

@@ -19,18 +19,25 @@ from rlhub.types import Batch
 Levels = Literal["independent", "stratified"]
 
 
-def mask_count(noise: Stream, batch: Batch, sample: int, draw: int, num_draws: int, update: int, levels: str, low: int) -> int:
-    """A mask count l with uniform law on {low, ..., L}.
+def mask_level(noise: Stream, batch: Batch, sample: int, draw: int, num_draws: int, update: int, levels: str) -> float:
+    """A noise level, uniform on (0, 1).
 
     `stratified` spreads the draws of one sample over equal strata by one shared offset (systematic sampling): each draw keeps the
-    uniform law, which a per-sample estimate needs, and the mean over draws has lower variance. Integer arithmetic, since rounding
-    half to even would never draw some counts.
+    uniform law, which a per-sample estimate needs, and the mean over draws has lower variance.
     """
-    choices = int(batch.span[sample]) - low + 1
     key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update}
     if levels == "stratified":
-        offset = noise.uniform(1, **key, draw=0, position=1)[0]
-        return low + int((offset + draw / num_draws) % 1.0 * choices)
+        return float((noise.uniform(1, **key, draw=0, position=1)[0] + draw / num_draws) % 1.0)
     if levels != "independent":
         raise ValueError(f"levels must be independent or stratified, got {levels!r}")
-    return low + noise.integer(choices, **key, draw=draw, position=1)
+    return float(noise.uniform(1, **key, draw=draw, position=1)[0])
+
+
+def mask_count(noise: Stream, batch: Batch, sample: int, draw: int, num_draws: int, update: int, levels: str, low: int) -> int:
+    """A mask count l with uniform law on {low, ..., L}; see `mask_level`.
+
+    The level is cut down to a count, since rounding half to even would never draw some counts.
+    """
+    choices = int(batch.span[sample]) - low + 1
+    level = mask_level(noise, batch, sample, draw, num_draws, update, levels)
+    return low + min(int(level * choices), choices - 1)

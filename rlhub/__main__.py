@@ -1,0 +1,5 @@
+"""`python -m rlhub`."""
+
+from rlhub.cli import main
+
+main()

@@ -1,0 +1,200 @@
+"""The command line. Commands import what they need when they run, so that `--help` and `plan` start at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from rlhub.errors import UserError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")  # what tells `sampler.temperature=0` from a prompt
+
+
+class OneLineErrors(click.Group):
+    """A group whose errors are one line on stderr with exit code 2, without a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        try:
+            sys.exit(super().main(*args, **{"prog_name": "rlhub", **kwargs, "standalone_mode": False}))
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.ctx.get_help(), err=True)
+            sys.exit(2)
+        except click.NoSuchOption as error:
+            fail(f"{error.format_message().rstrip('.')}; recipe keys are written key=value, without dashes (see --help)")
+        except click.ClickException as error:
+            fail(error.format_message())
+        except UserError as error:
+            # Ray hands on an error of a worker with the worker's traceback in its text; the cause is the error itself.
+            fail(str(vars(error).get("cause", error)))
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("stopped", err=True)
+            sys.exit(INTERRUPTED)
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line."""
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="rlhub")
+def main() -> None:
+    """Reinforcement-learning post-training for diffusion large language models.
+
+    A run is described by a recipe (YAML) and lives in one folder. Start with `rlhub train recipes/sort.yaml`.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a recipe may name modules of the user's by dotted path
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def train(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Train what RECIPE describes. An existing run continues from its last checkpoint.
+
+    \b
+    Examples:
+      rlhub train recipes/sort.yaml
+      rlhub train recipes/sort.yaml run.name=fast run.steps=20 algorithm.objective.name=token_clip
+      rlhub train recipes/sort.yaml run.resume=false
+    """
+    from rlhub.config import check_devices, load_recipe
+
+    resolved = load_recipe(recipe, overrides)
+    check_devices(resolved)
+    from rlhub.run import train as run_train
+
+    try:
+        click.echo(run_train(resolved))
+    except KeyboardInterrupt:
+        kept = [text for text in overrides if not text.startswith("run.resume=")]
+        command = shlex.join(["rlhub", "train", recipe, *kept])
+        click.echo(f"stopped; the same command continues from the last checkpoint: {command}", err=True)
+        sys.exit(INTERRUPTED)
+
+
+@main.command("eval")
+@click.argument("path", metavar="CHECKPOINT_OR_RUN", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--recipe", "recipe_path", help="Recipe with the task and sampler; a run brings its own.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(path: Path, overrides: tuple[str, ...], recipe_path: str | None, as_json: bool) -> None:
+    """Measure accuracy on the held-out problems of a task.
+
+    \b
+    Examples:
+      rlhub eval runs/sort
+      rlhub eval runs/sort/checkpoints/online_00060 task.eval_rows=2048 eval_temperatures=[0.0]
+      rlhub eval exported/ --recipe recipes/sort.yaml --json
+    """
+    from rlhub.evals import evaluate_checkpoint
+
+    results = evaluate_checkpoint(path, list(overrides), recipe_path)
+    if as_json:
+        click.echo(json.dumps(results))
+    else:
+        _print_results(results)
+
+
+@main.command()
+@click.argument("path", metavar="CHECKPOINT_OR_RUN", type=click.Path(path_type=Path))
+@click.argument("rest", nargs=-1, metavar="[PROMPT] [KEY=VALUE]...")
+def sample(path: Path, rest: tuple[str, ...]) -> None:
+    """Generate one completion and show how it is denoised.
+
+    \b
+    Examples:
+      rlhub sample runs/sort
+      rlhub sample runs/sort "3 1 4 1 5 9 2 6" sampler.temperature=0 delay=0.5
+    """
+    prompt, overrides = split_prompt(rest)
+    from rlhub.display import show_sample
+
+    show_sample(path, prompt, overrides)
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check RECIPE and show what it will do: batches, forwards, placement and memory. Writes nothing.
+
+    \b
+    Examples:
+      rlhub plan recipes/sort.yaml
+      rlhub plan recipes/sort.yaml roles.learners=4 --json
+    """
+    from rlhub.config import load_recipe
+    from rlhub.plan import make_plan, plan_view
+
+    made = make_plan(load_recipe(recipe, overrides))
+    if as_json:
+        click.echo(json.dumps(made.to_dict()))
+    else:
+        from rich.console import Console
+
+        Console().print(plan_view(made))
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def export(run: Path, out: Path) -> None:
+    """Copy the last model of RUN to the folder OUT, in the Hugging Face layout of its family.
+
+    \b
+    Examples:
+      rlhub export runs/sort exported/sort
+    """
+    from rlhub.checkpoint import export as export_model
+
+    click.echo(export_model(run, out))
+
+
+@main.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+def report(runs: tuple[Path, ...]) -> None:
+    """Write a self-contained HTML report of one run, or a comparison of several.
+
+    \b
+    Examples:
+      rlhub report runs/sort
+      rlhub report runs/espo runs/diffu_grpo
+    """
+    from rlhub.report import write_report
+
+    click.echo(write_report(list(runs)))
+
+
+def split_prompt(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The prompt, if there is one, and the overrides.
+
+    >>> split_prompt(["3 + 4 = 7", "seed=3"])
+    ('3 + 4 = 7', ['seed=3'])
+    """
+    prompts = [text for text in arguments if not OVERRIDE.match(text)]
+    if len(prompts) > 1:
+        raise click.UsageError(f"expected one prompt, got {len(prompts)}: {shlex.join(prompts)}; put it in quotes")
+    return (prompts[0] if prompts else None), [text for text in arguments if OVERRIDE.match(text)]
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", "value")
+    for key, value in results.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)

@@ -1,0 +1,82 @@
+"""Held-out accuracy: the share of test problems whose grade is exactly 1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhub.config import Recipe, load_recipe, validate
+from rlhub.data import Task, load_task
+from rlhub.errors import RecipeError
+from rlhub.pipeline import EVAL, evaluation_settings, generate, grade, issue
+
+PIECE = 512  # problems issued at once
+
+
+def accuracy_key(temperature: float) -> str:
+    """`eval/accuracy` for greedy decoding, `eval/accuracy_t1` for temperature 1, and so on."""
+    return "eval/accuracy" if temperature == 0 else f"eval/accuracy_t{temperature:g}"
+
+
+def evaluation_task(recipe: Recipe) -> Task:
+    """The held-out split: the training options overridden by those of `task.eval`."""
+    return load_task(recipe.task.name, {**recipe.task.train, **recipe.task.eval}, "test", recipe.run.seed)
+
+
+def evaluate(crew: Any, recipe: Recipe, task: Task, tokenizer: Any) -> dict[str, Any]:
+    """Accuracy and mean reward on the first `task.eval_rows` problems at each temperature of `eval_temperatures`.
+
+    The noise is the same at every evaluation of a run, so that its curve is not blurred by it.
+    """
+    num_problems = recipe.task.eval_rows if task.size is None else min(recipe.task.eval_rows, task.size)
+    metrics: dict[str, Any] = {}
+    for temperature in recipe.eval_temperatures:
+        values = []
+        for first in range(0, num_problems, PIECE):
+            issued = issue(task, tokenizer, EVAL, first // PIECE, first, min(PIECE, num_problems - first), 1)
+            rollouts = generate(crew, issued, evaluation_settings(recipe.sampler, temperature))
+            graded, _ = grade(crew, issued, rollouts, tokenizer, recipe.reward_pool.batch_size)
+            values += [rollout.reward.value if rollout.reward.valid else np.nan for rollout in graded]
+        key = accuracy_key(temperature)
+        metrics[key] = float(np.mean(np.array(values) == 1.0))
+        metrics[key.replace("accuracy", "reward")] = float(np.nanmean(values))
+    return metrics | {
+        "eval/num_problems": num_problems,
+        "eval/test_set": task.description,
+        "eval/test_hash": task.fingerprint()[:16],
+    }
+
+
+def evaluate_checkpoint(path: Path, overrides: list[str] | None = None, recipe_path: str | None = None) -> dict[str, Any]:
+    """Evaluate a model folder, a checkpoint or the newest checkpoint of a run, in this process or on the recipe's roles.
+
+    Raises:
+        RecipeError: no recipe is given and the checkpoint lies in no run folder.
+        CheckpointError: there is nothing to load.
+    """
+    from rlhub.checkpoint import resolve_model_path
+    from rlhub.tokenizers import load_tokenizer
+    from workers.placement import assemble
+
+    model_path = resolve_model_path(Path(path))
+    if recipe_path is None:
+        candidates = [folder / "config.yaml" for folder in (model_path, *model_path.parents)]
+        found = [candidate for candidate in candidates if candidate.exists()]
+        if not found:
+            raise RecipeError(f"{path} lies in no run folder; say which task with --recipe RECIPE")
+        recipe_path = str(found[0])
+    recipe = load_recipe(recipe_path, overrides or [])
+    validate(recipe)
+    recipe.roles.scorers, recipe.roles.learners, recipe.learner.backend = 0, 1, "torch"
+    recipe.model.path = str(model_path)
+    tokenizer = load_tokenizer(str(model_path))
+    task = evaluation_task(recipe)
+    crew = assemble(recipe, model_path)
+    try:
+        crew.learn("begin", recipe.algorithm, recipe.learner.optimizer, 1)
+        crew.publish(0)
+        return evaluate(crew, recipe, task, tokenizer)
+    finally:
+        crew.close()

@@ -1,0 +1,101 @@
+"""Statistics that tell whether the estimates behind a step can be trusted."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhub.types import Batch, Credit, LogLikelihood, Rollout, Scores
+
+
+def health_metrics(algorithm: Any, scores: Scores, credit: Credit, batch: Batch) -> dict[str, float]:
+    """Monte-Carlo error, clip stability and effective sample size of one update, and the share of groups without signal.
+
+    Keys (absent where the estimate does not provide them):
+        `elbo/per_token`: mean log-likelihood per scored token, nats.
+        `elbo/standard_error`: mean over sequences of the Monte-Carlo standard error of the difference between policy and reference
+            (proximal where there is no reference), nats; needs two draws.
+        `clip/flip_share`: share of (sequence, draw) for which the clip decision by that draw alone differs from the one by all draws.
+        `ess`: effective sample size of the ratios as a share of the batch, (sum w)^2 / (B sum w^2).
+        `group/no_signal_share`: share of prompt groups whose advantages are all zero.
+    """
+    policy = scores.policy
+    valid = credit.valid
+    metrics: dict[str, float] = {"group/no_signal_share": _no_signal_share(credit, batch)}
+    if policy.granularity != "sequence" or not valid.any():
+        return metrics
+    metrics["elbo/per_token"] = (policy.value / policy.length)[valid].mean().item()
+    if scores.proximal is not None:
+        weight = ((policy.value - scores.proximal.value) / policy.length).detach()[valid].exp()
+        metrics["ess"] = (weight.sum() ** 2 / (len(weight) * (weight**2).sum())).item()
+    other = scores.reference or scores.proximal
+    if other is not None and policy.draws is not None and policy.draws.shape[1] > 1:
+        difference = (policy.draws - other.draws).detach()[valid]
+        error = difference.std(1) / difference.shape[1] ** 0.5
+        metrics["elbo/standard_error"] = error.mean().item()
+        if scores.proximal is not None:
+            metrics["clip/flip_share"] = _flip_share(algorithm, scores, credit)
+    return metrics
+
+
+def _no_signal_share(credit: Credit, batch: Batch) -> float:
+    silent = (credit.advantages.reshape(len(batch), -1) == 0).all(1).numpy()
+    groups = np.ones(int(batch.group.max()) + 1, dtype=bool)
+    np.logical_and.at(groups, batch.group, silent)
+    return float(groups.mean())
+
+
+def _flip_share(algorithm: Any, scores: Scores, credit: Credit) -> float:
+    """A sequence is cut when the objective's gradient with respect to its value is zero although its advantage is not."""
+    decided = credit.valid & (credit.advantages.reshape(len(credit.valid), -1) != 0).any(1)
+    if not decided.any():
+        return 0.0
+    whole = _is_cut(algorithm, scores, credit)
+    flips = []
+    for draw in range(scores.policy.draws.shape[1]):
+        single = dataclasses.replace(scores, policy=_one_draw(scores.policy, draw), proximal=_one_draw(scores.proximal, draw))
+        flips.append((_is_cut(algorithm, single, credit) != whole)[decided].double().mean())
+    return torch.stack(flips).mean().item()
+
+
+def _one_draw(estimate: LogLikelihood, draw: int) -> LogLikelihood:
+    return dataclasses.replace(estimate, value=estimate.draws[:, draw], draws=estimate.draws[:, draw : draw + 1])
+
+
+def _is_cut(algorithm: Any, scores: Scores, credit: Credit) -> Tensor:
+    leaf = scores.policy.value.detach().requires_grad_()
+    module, config = algorithm.objective
+    loss, _ = module.loss(dataclasses.replace(scores, policy=dataclasses.replace(scores.policy, value=leaf)), credit, config)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return gradient == 0
+
+
+def rollout_metrics(rollouts: list[Rollout], eos_id: int) -> dict[str, float]:
+    """Grades and lengths of a batch of rollouts.
+
+    Keys: `reward/mean`, `reward/std`, `reward/invalid_share`, `reward/<part>`, `length/mean` (tokens through the first EOS),
+    `eos/flood_rate` (share of completions that are EOS from the first token), `eos/early_rate` (share that ends in the first quarter
+    of the canvas), `eos/missing_rate` (share without EOS), `forwards/mean`.
+    """
+    values = np.array([rollout.reward.value if rollout.reward.valid else np.nan for rollout in rollouts])
+    canvas = np.array([len(rollout.completion_ids) for rollout in rollouts])
+    length = np.array([rollout.length for rollout in rollouts])
+    ended = np.array([bool((rollout.completion_ids == eos_id).any()) for rollout in rollouts])
+    metrics = {
+        "reward/mean": float(np.nanmean(values)) if not np.isnan(values).all() else float("nan"),
+        "reward/std": float(np.nanstd(values)) if not np.isnan(values).all() else float("nan"),
+        "reward/invalid_share": float(np.isnan(values).mean()),
+        "reward/correct_share": float(np.mean(values == 1.0)),
+        "length/mean": float(length.mean()),
+        "eos/flood_rate": float((ended & (length == 1)).mean()),
+        "eos/early_rate": float((ended & (length <= canvas / 4)).mean()),
+        "eos/missing_rate": float((~ended).mean()),
+        "forwards/mean": float(np.mean([rollout.num_forwards for rollout in rollouts])),
+    }
+    for part in rollouts[0].reward_parts:
+        metrics[f"reward/{part}"] = float(np.mean([rollout.reward_parts[part].value for rollout in rollouts]))
+    return metrics

@@ -1,0 +1,388 @@
+"""What a recipe will do, before it does it: batch arithmetic, model forwards, placement and memory.
+
+Needs no Ray, DeepSpeed or GPU: the network is built on torch's meta device, without memory, to count its parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from rlhub.config import ModelConfig, Recipe, dump_recipe
+from rlhub.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rlhub.algorithm import Algorithm
+
+PROMPTS_READ = 64  # training prompts that the token counts are taken from
+CHARACTERS_PER_TOKEN = 4  # of English text, where no tokenizer is at hand
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Lengths of the first training prompts in tokens."""
+
+    mean: float
+    longest: int
+    estimated: bool  # from characters, because there is no tokenizer yet
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    prompts: int
+    completions_per_prompt: int
+    sequences: int
+    sequences_per_learner: tuple[int, int]  # fewest and most
+    rows_per_sequence: int  # noisy rows that one evaluation of a likelihood scores
+    row_tokens: int  # prompt and canvas
+    rows_per_micro_batch: int
+    micro_batches_per_update: int  # of one learner
+    two_pass: bool  # more than one micro-batch: a pass without gradient comes first, which makes the gradient exact
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """Model rows of one kind in one step of RL (or of SFT)."""
+
+    kind: str
+    rows: int
+    forwards: int  # forward passes over them, counted in rows
+    backwards: int
+    tokens: int  # in forward passes
+    why: str
+
+
+@dataclass(frozen=True)
+class RolePlan:
+    role: str
+    processes: int
+    threads: int  # of each process
+    cpus: int
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes of one process of a role."""
+
+    role: str
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: Recipe
+    parameters: int
+    prompts: Prompts
+    batch: BatchPlan
+    forwards: list[Forwards]
+    forwards_per_step: int
+    tokens_per_step: int
+    optimizer_steps: dict[str, int]  # by phase
+    roles: list[RolePlan]
+    memory: list[Memory]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """The plan of a checked recipe.
+
+    Raises:
+        RecipeError: the model, its tokenizer and the task do not fit each other.
+        DataError: the task's data cannot be read.
+    """
+    from rlhub.algorithm import Algorithm
+
+    algorithm = Algorithm.compose(recipe.algorithm)
+    network = meta_network(recipe.model)
+    prompts, notes = _read_prompts(recipe, network)
+    batch = _batch(recipe, algorithm, prompts)
+    forwards = _forwards(recipe, algorithm, batch)
+    online = [entry for entry in forwards if entry.kind != "sft"]
+    return Plan(
+        recipe=recipe,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        prompts=prompts,
+        batch=batch,
+        forwards=forwards,
+        forwards_per_step=sum(entry.forwards for entry in online),
+        tokens_per_step=sum(entry.tokens for entry in online),
+        optimizer_steps=_optimizer_steps(recipe),
+        roles=_roles(recipe, algorithm.needs_reference),
+        memory=_memory(recipe, network, batch, algorithm.needs_reference),
+        notes=[*notes, *_notes(recipe, batch, algorithm.needs_reference)],
+    )
+
+
+def meta_network(model: ModelConfig) -> nn.Module:
+    """The network without memory, from the checkpoint's config.json where there is one, else from `model.config`."""
+    import torch
+
+    from rlhub.checkpoint import family_of
+    from rlhub.parts import load_part, part_config
+
+    file = Path(model.path) / "config.json" if model.path else None
+    if file and file.parent.is_dir():
+        if not file.is_file():
+            raise RecipeError(f"model.path: {model.path} has no config.json; give a checkpoint folder in the Hugging Face layout")
+        published = json.loads(file.read_text(encoding="utf-8"))
+        family = family_of(published)
+        config = family.Config.from_published(published)
+    else:
+        family = load_part("models", model.family)
+        config = part_config(family, model.config)
+    with torch.device("meta"):
+        return family.build(config)
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan as plain text."""
+    console = Console(file=StringIO(), width=120, color_system=None)
+    console.print(plan_view(plan))
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+def plan_view(plan: Plan) -> Group:
+    """The plan as rich tables, the resolved recipe first."""
+    recipe = Text(dump_recipe(plan.recipe), style="dim", no_wrap=True, overflow="ignore")
+    notes = [Text(f"note: {note}", style="yellow") for note in plan.notes]
+    tables = [_batch_table(plan), _forward_table(plan), _role_table(plan), _memory_table(plan)]
+    return Group(recipe, *(part for table in tables for part in (table, "")), *notes)
+
+
+def _read_prompts(recipe: Recipe, network: nn.Module) -> tuple[Prompts, list[str]]:
+    """Prompt lengths from the data itself, and what is to be said about data and vocabulary."""
+    from rlhub.data import load_task, task_tokenizer
+    from rlhub.tokenizers import encode_prompts, load_tokenizer
+
+    task, notes = recipe.task, []
+    train = load_task(task.name, task.train, "train", recipe.run.seed)
+    test = load_task(task.name, {**task.train, **task.eval}, "test", recipe.run.seed)
+    if test.size is not None and test.size < task.eval_rows:
+        notes.append(f"task.eval_rows is {task.eval_rows} but the test split has {test.size} problems: evaluations use those")
+    texts = [train.example(index).prompt for index in range(min(PROMPTS_READ, train.size or PROMPTS_READ))]
+    tokenizer = task_tokenizer(task.name, task.train)
+    folder = Path(recipe.model.path) if recipe.model.path else None
+    if tokenizer is None and folder is None:
+        raise RecipeError(f"model.path: task {task.name} is plain text and needs a checkpoint with a tokenizer, got null")
+    if tokenizer is None and folder and (folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(str(folder))
+    if tokenizer is None:
+        notes.append(f"prompt tokens are estimated from characters: there is no tokenizer in {folder} yet")
+        lengths = [len(str(text)) // CHARACTERS_PER_TOKEN + 1 for text in texts]
+    else:
+        lengths = [len(ids) for ids in encode_prompts(tokenizer, texts)]
+        if len(tokenizer) > network.vocab_size:
+            raise RecipeError(
+                f"model.config.vocab_size: {network.vocab_size} is smaller than the {len(tokenizer)} tokens of task {task.name}; "
+                f"use at least {len(tokenizer)}"
+            )
+    longest = max(lengths) + recipe.sampler.length
+    if longest > network.max_length:
+        raise RecipeError(f"sampler.length: prompt and canvas need {longest} positions but the model has {network.max_length}; shorten it")
+    if longest > recipe.learner.micro_batch_tokens:
+        held = recipe.learner.micro_batch_tokens
+        raise RecipeError(f"learner.micro_batch_tokens: {held} cannot hold one row of {longest} tokens; use at least {longest}")
+    return Prompts(sum(lengths) / len(lengths), max(lengths), tokenizer is None), notes
+
+
+def _batch(recipe: Recipe, algorithm: Algorithm, prompts: Prompts) -> BatchPlan:
+    views, config = algorithm.views
+    sequences = recipe.algorithm.prompts_per_step * recipe.algorithm.completions_per_prompt
+    rows = views.rows_per_sample(config, recipe.sampler.steps)
+    row_tokens = round(prompts.mean) + recipe.sampler.length
+    fewest, most = sequences // recipe.roles.learners, -(-sequences // recipe.roles.learners)
+    per_micro_batch = max(1, recipe.learner.micro_batch_tokens // row_tokens)
+    micro_batches = -(-most * rows // per_micro_batch)
+    return BatchPlan(
+        prompts=recipe.algorithm.prompts_per_step,
+        completions_per_prompt=recipe.algorithm.completions_per_prompt,
+        sequences=sequences,
+        sequences_per_learner=(fewest, most),
+        rows_per_sequence=rows,
+        row_tokens=row_tokens,
+        rows_per_micro_batch=per_micro_batch,
+        micro_batches_per_update=micro_batches,
+        two_pass=micro_batches > 1,
+    )
+
+
+def _forwards(recipe: Recipe, algorithm: Algorithm, batch: BatchPlan) -> list[Forwards]:
+    """Rows of one step: rollouts, then the likelihoods of each policy."""
+    config, sampler = recipe.algorithm, recipe.sampler
+    scored = batch.sequences * batch.rows_per_sequence
+    evaluations = config.updates if config.fresh_views == "update" else 1  # of a fixed policy: once for each set of views
+    entries = []
+
+    def add(kind: str, rows: int, why: str, forwards: int = 1, backwards: int = 0) -> None:
+        entries.append(Forwards(kind, rows, forwards * rows, backwards * rows, forwards * rows * batch.row_tokens, why))
+
+    if "sft" in recipe.run.phases:
+        rows = recipe.sft.batch_size * recipe.sft.draws
+        add("sft", rows, f"{recipe.sft.batch_size} demonstrations x {recipe.sft.draws} draws", backwards=1)
+    if "online" in recipe.run.phases:
+        add("rollout", batch.sequences * sampler.steps, f"{batch.sequences} sequences x {sampler.steps} denoising steps, at most")
+        passes = "two passes, the first without gradient" if batch.two_pass else "one pass"
+        why = f"{config.updates} updates x {batch.sequences} sequences x {batch.rows_per_sequence} rows, {passes}"
+        add("policy", config.updates * scored, why, forwards=2 if batch.two_pass else 1, backwards=1)
+        if algorithm.needs_proximal:
+            add("proximal", (evaluations - 1) * scored, "the policy before the first update, which itself is free")
+        if algorithm.needs_reference:
+            add("reference", evaluations * scored, f"{evaluations} sets of views, {config.reference}")
+    return entries
+
+
+def _optimizer_steps(recipe: Recipe) -> dict[str, int]:
+    steps = {"sft": recipe.sft.steps, "online": recipe.run.steps * recipe.algorithm.updates}
+    return {phase: steps[phase] for phase in recipe.run.phases}
+
+
+def _roles(recipe: Recipe, needs_reference: bool) -> list[RolePlan]:
+    """Processes of each role and what each takes from the machines."""
+    roles, threads = recipe.roles, recipe.roles.threads
+    if recipe.run.runtime == "local":
+        return [RolePlan("all roles", 1, threads, threads, 0)]
+    counts = [
+        ("controller", 1, 1, 0.0),
+        ("generator", roles.generators, threads, roles.gpus_per_generator),
+        ("learner", roles.learners, threads, roles.gpus_per_learner),
+        ("scorer", roles.scorers if needs_reference else 0, threads, roles.gpus_per_scorer),
+        ("reward worker", roles.reward_workers, threads, 0.0),
+    ]
+    return [RolePlan(role, count, each, count * each, count * gpus) for role, count, each, gpus in counts if count]
+
+
+def _memory(recipe: Recipe, network: nn.Module, batch: BatchPlan, needs_reference: bool) -> list[Memory]:
+    """Bytes of one process of each role that holds the model; activations are a rough upper estimate."""
+    from torch import nn
+
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    size = BYTES[recipe.model.dtype]
+    stage = recipe.learner.zero_stage if recipe.learner.backend == "deepspeed" else 0
+    learners = recipe.roles.learners
+    embeddings = max(module.num_embeddings for module in network.modules() if isinstance(module, nn.Embedding))
+    widths = [m.in_features + m.out_features for m in network.modules() if isinstance(m, nn.Linear) and m.out_features != embeddings]
+    tokens = min(recipe.learner.micro_batch_tokens, batch.rows_per_micro_batch * batch.row_tokens)
+    logits = 8 * tokens * recipe.sampler.length // batch.row_tokens * network.vocab_size  # float32, with their log-softmax
+    scoring = logits + 2 * tokens * max(widths) * size
+    reference_in_learner = needs_reference and recipe.roles.scorers == 0 and recipe.run.runtime == "ray"
+    master = 4 if size < 4 else 0  # float32 copy of low-precision weights
+    learner = Memory(
+        "learner",
+        weights=parameters * size // (learners if stage >= 3 else 1) + parameters * size * reference_in_learner,
+        gradients=parameters * size // (learners if stage >= 2 else 1),
+        optimizer=parameters * (8 + master) // (learners if stage >= 1 else 1),
+        activations=logits + logits // 2 + tokens * sum(widths) * size,
+    )
+    generator = Memory("generator", parameters * size, 0, 0, scoring)
+    scorer = Memory("scorer", parameters * size, 0, 0, scoring)
+    return [generator, learner, *([scorer] if needs_reference and not reference_in_learner else [])]
+
+
+def _notes(recipe: Recipe, batch: BatchPlan, needs_reference: bool) -> list[str]:
+    """What works but may not be meant."""
+    notes, roles = [], recipe.roles
+    fewest, most = batch.sequences_per_learner
+    if fewest != most:
+        fits = [p for p in range(1, 2 * batch.prompts + roles.learners) if p * batch.completions_per_prompt % roles.learners == 0]
+        near = sorted(sorted(fits, key=lambda p: abs(p - batch.prompts))[:2])
+        even = " or ".join(map(str, near))
+        notes.append(f"{batch.sequences} sequences on {roles.learners} learners: {fewest} or {most} each; prompts_per_step {even} is even")
+    if recipe.run.runtime == "ray" and needs_reference and roles.scorers == 0:
+        notes.append("roles.scorers is 0: the learners hold the reference model too")
+    cpus = sum(role.cpus for role in _roles(recipe, needs_reference))
+    if cpus > (os.cpu_count() or 1) and "RAY_ADDRESS" not in os.environ:
+        notes.append(f"the roles ask for {cpus} CPU threads, this machine has {os.cpu_count()}: they will share them")
+    for phase, steps in _optimizer_steps(recipe).items():
+        optimizer = recipe.sft.optimizer if phase == "sft" else recipe.learner.optimizer
+        if optimizer.warmup_steps >= steps:
+            notes.append(f"{phase}: the warm-up of {optimizer.warmup_steps} steps does not end within {steps} optimizer steps")
+    if recipe.model.path and not Path(recipe.model.path).is_dir():
+        notes.append(f"model.path {recipe.model.path} is not there yet: the shape is taken from model.config; download it before training")
+    return notes
+
+
+def _batch_table(plan: Plan) -> Table:
+    batch, recipe = plan.batch, plan.recipe
+    fewest, most = batch.sequences_per_learner
+    table = _table(f"Batch of one step, run {recipe.run.name}", "quantity", "value")
+    table.add_row("prompts x completions", f"{batch.prompts} x {batch.completions_per_prompt} = {batch.sequences:,} sequences")
+    table.add_row("sequences per learner", f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}")
+    about = "about " if plan.prompts.estimated else ""
+    table.add_row("prompt tokens", f"{about}{plan.prompts.mean:.0f} on average, {plan.prompts.longest} at most in {PROMPTS_READ} prompts")
+    table.add_row("row", f"{batch.row_tokens} tokens, canvas of {recipe.sampler.length}")
+    table.add_row("rows per sequence", f"{batch.rows_per_sequence} ({recipe.algorithm.views['name']})")
+    table.add_row("micro-batches per update", f"{batch.micro_batches_per_update} of {batch.rows_per_micro_batch} rows on each learner")
+    table.add_row("optimizer steps", ", ".join(f"{phase} {steps:,}" for phase, steps in plan.optimizer_steps.items()))
+    table.add_row("parameters", f"{plan.parameters:,} in {recipe.model.dtype}")
+    return table
+
+
+def _forward_table(plan: Plan) -> Table:
+    table = _table("Model forwards of one step", "kind", "rows", "forwards", "backwards", "tokens", "why", right=range(1, 5))
+    for entry in plan.forwards:
+        numbers = (f"{count:,}" for count in (entry.rows, entry.forwards, entry.backwards, entry.tokens))
+        table.add_row(entry.kind, *numbers, entry.why)
+    if "online" in plan.recipe.run.phases:
+        table.add_section()
+        table.add_row("one RL step", "", f"{plan.forwards_per_step:,}", "", f"{plan.tokens_per_step:,}", "without evaluations")
+    return table
+
+
+def _role_table(plan: Plan) -> Table:
+    table = _table("Placement", "role", "processes", "threads each", "CPUs", "GPUs", right=range(1, 5))
+    for role in plan.roles:
+        table.add_row(role.role, str(role.processes), str(role.threads), str(role.cpus), f"{role.gpus:g}")
+    table.add_section()
+    totals = (str(sum(role.processes for role in plan.roles)), "", str(sum(role.cpus for role in plan.roles)))
+    table.add_row("all", *totals, f"{sum(role.gpus for role in plan.roles):g}")
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    headings = ("role", "weights", "gradients", "optimizer", "activations, rough", "together")
+    table = _table("Memory of one process, estimated", *headings, right=range(1, 6))
+    for role in plan.memory:
+        sizes = (role.weights, role.gradients, role.optimizer, role.activations, role.total)
+        table.add_row(role.role, *map(size_text, sizes))
+    return table
+
+
+def _table(title: str, *columns: str, right: range = range(0)) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in right else "left")
+    return table
+
+
+def size_text(size: float) -> str:
+    """Bytes in a readable unit.
+
+    >>> size_text(15.3 * 2**30), size_text(0)
+    ('15.3 GiB', '-')
+    """
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    power = next((power for power in range(len(units) - 1) if size < 1024 ** (power + 1)), len(units) - 1)
+    return f"{size / 1024**power:.3g} {units[power]}" if size else "-"

@@ -1,0 +1,170 @@
+"""`train`: open the run folder, assemble the crew, run the phases, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from rlhub import controller
+from rlhub.checkpoint import family_of, save_network
+from rlhub.config import Recipe, check_devices, load_recipe, save_recipe, validate
+from rlhub.data import load_task, task_tokenizer
+from rlhub.errors import CheckpointError, RecipeError
+from rlhub.evals import evaluation_task
+from rlhub.metrics import read_metrics, summarize
+from rlhub.noise import Noise
+from rlhub.parts import load_part
+from rlhub.plan import format_plan, make_plan
+from rlhub.progress import RunProgress, summary_panel
+from rlhub.report import write_report
+from rlhub.run_state import Session, StopRequest, last_position
+from rlhub.tokenizers import load_tokenizer
+from rlhub.trackers import Trackers
+
+PHASES = {"sft": controller.run_sft, "online": controller.run_online}
+MAY_CHANGE = ("run.resume", "run.keep_checkpoints", "run.trackers", "run.dashboard", "about")  # between attempts of one run
+
+
+def train(recipe: Recipe, console: Console | None = None) -> Path:
+    """Run a recipe to its end, from its last checkpoint when the folder exists; returns the run folder.
+
+    Raises:
+        RecipeError: the recipe cannot run here, or the folder holds another recipe's run.
+        CheckpointError: the checkpoint to resume from is corrupt.
+    """
+    validate(recipe)
+    check_devices(recipe)
+    console = console or Console()
+    folder = Path(recipe.run.output_dir).resolve() / recipe.run.name
+    resumed = _open_folder(recipe, folder)
+    position, wall_before = last_position(folder, recipe.run.phases) if resumed else (None, 0.0)
+    console.print(f"run folder {folder}", markup=False, highlight=False, soft_wrap=True)
+    last = (recipe.run.phases[-1], recipe.run.steps if recipe.run.phases[-1] == "online" else recipe.sft.steps)
+    if position == last:
+        console.print(f"this run is finished (phase {position[0]}, step {position[1]}); nothing to do", markup=False)
+        _finish(folder, console)
+        return folder
+
+    started = time.time()
+    train_task = load_task(recipe.task.name, recipe.task.train, "train", recipe.run.seed)
+    eval_task = evaluation_task(recipe)
+    model_path = _first_model(recipe, folder)
+    tokenizer = load_tokenizer(str(model_path))
+    _check_lengths(recipe, model_path, tokenizer, [train_task, eval_task])
+
+    from workers.placement import assemble
+
+    if position is not None:
+        console.print(f"resuming after step {position[1]} of phase {position[0]}", markup=False, highlight=False)
+    console.print("starting the workers", markup=False)
+    crew = assemble(recipe, model_path, folder / "logs")
+    try:
+        with Trackers(folder, recipe.run.trackers) as trackers, RunProgress(console) as progress, StopRequest(progress) as stop:
+            if resumed:
+                phase, step = position or (recipe.run.phases[0], -1)
+                trackers.truncate_after(phase, step, recipe.run.phases)
+            session = Session(
+                recipe, folder, model_path, tokenizer, train_task, eval_task, crew, trackers, progress, position, stop, wall_before
+            )
+            session.started = started
+            done = recipe.run.phases.index(position[0]) if position else 0
+            for phase in recipe.run.phases[done:]:
+                PHASES[phase](session)
+    finally:
+        crew.close()
+    _finish(folder, console)
+    return folder
+
+
+def _finish(folder: Path, console: Console) -> None:
+    report = write_report([folder])
+    summary = summarize(read_metrics(folder / "metrics.jsonl"))
+    if summary is not None:
+        console.print(summary_panel(summary, folder))
+    console.print(f"report {report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _open_folder(recipe: Recipe, folder: Path) -> bool:
+    """Make the run folder, or check that it holds a run of this recipe; whether it existed."""
+    saved = folder / "config.yaml"
+    if saved.exists():
+        if not recipe.run.resume:
+            raise RecipeError(f"{folder} holds a run already and run.resume is false; choose another run.name, nothing was overwritten")
+        before, now = (_flat(value) for value in (load_recipe(saved), recipe))
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key) and key not in MAY_CHANGE:
+                raise RecipeError(
+                    f"{folder} holds a run with {key}={before.get(key)!r}, the recipe says {now.get(key)!r}; "
+                    "choose another run.name, nothing was overwritten"
+                )
+        return True
+    if folder.exists() and any(folder.iterdir()):
+        raise RecipeError(f"{folder} is not empty and holds no run; choose another run.name, nothing was overwritten")
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    plan = make_plan(recipe)
+    (folder / "plan.txt").write_text(format_plan(plan) + "\n")
+    (folder / "plan.json").write_text(json.dumps(plan.to_dict(), indent=2) + "\n")
+    save_recipe(recipe, saved)
+    return False
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    import dataclasses
+
+    def walk(value: Any, prefix: str) -> dict[str, Any]:
+        if isinstance(value, dict) and value:
+            return {key: leaf for name, item in value.items() for key, leaf in walk(item, f"{prefix}{name}.").items()}
+        return {prefix.rstrip("."): list(value) if isinstance(value, tuple) else value}
+
+    return walk(dataclasses.asdict(recipe), "")
+
+
+def _first_model(recipe: Recipe, folder: Path) -> Path:
+    """The model folder that the run starts from; a random model with the task's tokenizer when the recipe names none."""
+    if recipe.model.path is not None:
+        from rlhub.checkpoint import resolve_model_path
+
+        return resolve_model_path(Path(recipe.model.path))
+    path = folder / "first_model"
+    if (path / "config.json").exists():
+        return path
+    tokenizer = task_tokenizer(recipe.task.name, recipe.task.train)
+    if tokenizer is None:
+        raise RecipeError(f"task {recipe.task.name} brings no tokenizer, so the recipe must name a checkpoint: model.path=FOLDER")
+    family = load_part("models", recipe.model.family)
+    vocabulary = {
+        "vocab_size": len(tokenizer),
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    network = family.build(family.Config.from_published({**recipe.model.config, **vocabulary}))
+    seed = int(Noise(recipe.run.seed).generator("initialize").integers(2**62))
+    network.initialize(torch.Generator().manual_seed(seed))
+    save_network(network, path, tokenizer)
+    return path
+
+
+def _check_lengths(recipe: Recipe, model_path: Path, tokenizer: Any, tasks: list[Any]) -> None:
+    """Refuse prompts that do not fit the context before anything starts, on the first examples of each split."""
+    from rlhub.tokenizers import encode_prompts
+
+    config_file = model_path / "config.json"
+    config = json.loads(config_file.read_text())
+    context = family_of(config).Config.from_published(config).max_sequence_length
+    if tokenizer.mask_token_id is None:
+        raise CheckpointError(f"the tokenizer in {model_path} has no mask token; set mask_token in tokenizer_config.json")
+    for task in tasks:
+        count = 256 if task.size is None else min(task.size, 1024)
+        examples = [task.example(index) for index in range(count)]
+        for example, ids in zip(examples, encode_prompts(tokenizer, [example.prompt for example in examples]), strict=True):
+            if len(ids) + recipe.sampler.length > context:
+                raise RecipeError(
+                    f"the {task.split} prompt of row {example.row} has {len(ids)} tokens, which with sampler.length={recipe.sampler.length} "
+                    f"exceeds the model's context of {context}; shorten the prompts or sampler.length"
+                )

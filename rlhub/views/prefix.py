@@ -1,0 +1,33 @@
+"""Left-to-right prefixes: row k shows the first k tokens of the completion, masks the rest and scores token k (JustGRPO, arXiv 2601.15165).
+
+For a sampler that commits one token a step from left to right, log p(y_k | prefix, rest masked) is the law that drew it, so the
+likelihood is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlhub.batching import Row, build_views
+from rlhub.noise import Stream
+from rlhub.types import Batch, Credit, Views
+
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+    """One row per scored token; all of a sample's rows are its draw 0."""
+    rows = []
+    for sample, span in enumerate(batch.span.tolist()):
+        position = np.arange(span)
+        rows += [Row(sample, 0, position >= token, scored=position == token, step=token) for token in range(span)]
+    return build_views(batch, rows, 1)
+
+
+def rows_per_sample(config: Config, steps: int) -> int:
+    return steps

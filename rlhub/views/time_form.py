@@ -1,0 +1,38 @@
+"""The t-form of the ELBO: t ~ U(0, 1), each position masked with probability p, weight 1 / p (LLaDA, arXiv 2502.09992, Eq. 3).
+
+p = (1 - epsilon) t + epsilon as in LLaDA's training code. It leaves out the levels below epsilon, a bias of order epsilon; the variance
+of a single draw grows like log(1 / epsilon), so for reinforcement learning prefer `elbo` or `coupled`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhub.batching import Row, build_views
+from rlhub.noise import Stream
+from rlhub.types import Batch, Credit, Views
+from rlhub.views import mask_level
+
+
+@dataclass(frozen=True)
+class Config:
+    draws: int = 2
+    levels: str = "independent"  # independent | stratified: how the draws of one sample choose t
+    epsilon: float = 1e-3  # the lowest mask probability
+
+
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+    """One row per draw; a draw that masks nothing contributes 0 and is left out."""
+    rows = []
+    for sample, span in enumerate(batch.span.tolist()):
+        for draw in range(config.draws):
+            level = mask_level(noise, batch, sample, draw, config.draws, update, config.levels)
+            probability = (1 - config.epsilon) * level + config.epsilon
+            masked = noise.uniform(span, uid=int(batch.uid[sample]), epoch=batch.epoch, update=update, draw=draw) < probability
+            if masked.any():
+                rows.append(Row(sample, draw, masked, weight=1 / probability))
+    return build_views(batch, rows, config.draws)
+
+
+def rows_per_sample(config: Config, steps: int) -> int:
+    return config.draws

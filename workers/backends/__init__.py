@@ -1,0 +1,8 @@
+"""What turns gradients into weights. A backend is built as `Backend(network, optimizer_config, total_steps, learner_config)` and has
+
+backward(loss)              accumulate gradients of a scalar; any number of calls before
+step() -> (grad_norm, lr)   which clips, updates and clears
+network                     the module whose parameters are trained
+full_parameters()           context manager under which every parameter is whole on every rank
+save(folder), load(folder)  optimizer and scheduler state, and the weights they belong to
+"""

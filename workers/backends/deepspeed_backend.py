@@ -1,0 +1,73 @@
+"""DeepSpeed ZeRO over the learners' process group.
+
+The gradient-accumulation boundary is ours (`managed_gradient_accumulation: false`): any number of backward calls, then one step.
+DeepSpeed averages gradients over ranks, so callers scale their part of a global sum by the number of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhub.config import LearnerConfig, OptimizerConfig
+from workers.backends.torch_backend import adamw
+
+
+class Backend:
+    """See `workers.backends`. The default process group must exist."""
+
+    def __init__(self, network: torch.nn.Module, config: OptimizerConfig, total_steps: int, learner: LearnerConfig) -> None:
+        deepspeed = import_deepspeed()
+        self.stage = learner.zero_stage
+        parameter = next(network.parameters())
+        optimizer, scheduler = adamw(network, config, total_steps)
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": config.max_grad_norm,
+            "steps_per_print": 10**9,
+            "zero_optimization": {"stage": self.stage},
+            "bf16": {"enabled": parameter.dtype == torch.bfloat16},
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,
+        }
+        self.engine, _, _, _ = deepspeed.initialize(model=network, optimizer=optimizer, lr_scheduler=scheduler, config=settings)
+        self.network = self.engine.module
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> tuple[float, float]:
+        learning_rate = self.engine.get_lr()[0]
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm), learning_rate
+
+    def full_parameters(self) -> AbstractContextManager:
+        if self.stage < 3:
+            return nullcontext()
+        return import_deepspeed().zero.GatheredParameters(list(self.network.parameters()))
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag="state")
+
+    def load(self, folder: Path) -> None:
+        path, _ = self.engine.load_checkpoint(str(folder), tag="state")
+        if path is None:
+            raise FileNotFoundError(f"no DeepSpeed state in {folder}")
+
+
+def import_deepspeed():
+    """DeepSpeed without its compiled shared-memory collective, which would need a C++ compiler and serves inference only."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

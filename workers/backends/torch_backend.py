@@ -1,0 +1,53 @@
+"""Plain torch on one process: AdamW, clipping and a learning-rate schedule."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhub.config import LearnerConfig, OptimizerConfig
+from rlhub.optimizer import learning_rate_factor
+
+
+class Backend:
+    """See `workers.backends`."""
+
+    def __init__(self, network: torch.nn.Module, config: OptimizerConfig, total_steps: int, learner: LearnerConfig) -> None:
+        self.network, self.config = network, config
+        self.optimizer, self.scheduler = adamw(network, config, total_steps)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> tuple[float, float]:
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.item(), learning_rate
+
+    def full_parameters(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def save(self, folder: Path) -> None:
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        torch.save(state, folder / "learner.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "learner.pt", weights_only=True, map_location="cpu")
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+def adamw(network: torch.nn.Module, config: OptimizerConfig, total_steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW and its schedule over `total_steps` optimizer steps."""
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, config))
+    return optimizer, scheduler

@@ -1,0 +1,63 @@
+"""The generator: a policy replica with its sampler; turns requests into rollouts."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhub.checkpoint import load_network
+from rlhub.config import SamplerConfig
+from rlhub.noise import Noise
+from rlhub.types import Receipt, Request, Rollout
+from workers.sync import load_buckets, receipt_of
+
+
+class StaleWeights(RuntimeError):
+    """A worker was asked for a version that it does not hold, as after its restart."""
+
+
+class Generator:
+    """One generator.
+
+    Args:
+        model_path: model folder; restarting rebuilds from it, after which the current weights must be received again.
+        engine: module of `workers.engines`.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        run_seed: int,
+        *,
+        engine: str = "torch_engine",
+        device: str = "cpu",
+        dtype: str = "float32",
+        threads: int | None = None,
+        max_rows: int = 512,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.noise = Noise(run_seed)
+        self.network = load_network(Path(model_path), getattr(torch, dtype)).to(device)
+        self.engine = importlib.import_module(f"workers.engines.{engine}").TorchEngine(self.network, device, max_rows)
+        self.version = -1
+
+    def generate(self, requests: Sequence[Request], settings: SamplerConfig, version: int) -> list[Rollout]:
+        """One rollout per request under weights `version`.
+
+        Raises:
+            StaleWeights: other weights are held.
+        """
+        if version != self.version:
+            raise StaleWeights(f"generator holds version {self.version}, asked for {version}")
+        return self.engine.generate(requests, settings, self.noise, version)
+
+    def receive(self, version: int, bucket_bytes: int, *buckets: np.ndarray) -> Receipt:
+        """Adopt published weights and return the receipt for what is held now."""
+        load_buckets(self.network.state_dict(), buckets, bucket_bytes)
+        self.version = version
+        return receipt_of(self.network, version, bucket_bytes)

@@ -1,0 +1,204 @@
+"""The learner: gradient steps of any algorithm, checkpoints and the publication of weights.
+
+It knows no algorithm: a step evaluates the token log-probs of views, asks the algorithm for the derivative of its loss with respect to
+each of them, and back-propagates that. When the views of a rank fit one micro-batch the first forward keeps its graph; otherwise a
+second pass recomputes one micro-batch at a time. Both are exact for every objective, with memory constant in the number of draws.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlhub.algorithm import Algorithm, LogProbs
+from rlhub.batching import micro_batches, shard_rows
+from rlhub.checkpoint import load_network, save_network
+from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig
+from rlhub.health import health_metrics
+from rlhub.noise import Noise
+from rlhub.scoring import micro_batch_log_probs
+from rlhub.types import Batch, Receipt, Views
+from workers.sync import buckets_of, receipt_of
+
+
+class Learner:
+    """One rank of the learners.
+
+    Args:
+        model_path: model folder to start from.
+        rank, num_learners: place among the learners; `join` must follow when there are several, and always with DeepSpeed.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        config: LearnerConfig,
+        run_seed: int,
+        *,
+        rank: int = 0,
+        num_learners: int = 1,
+        device: str = "cpu",
+        dtype: str = "float32",
+        threads: int | None = None,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.config, self.rank, self.num_learners, self.device = config, rank, num_learners, torch.device(device)
+        self.noise = Noise(run_seed)
+        self.dtype = getattr(torch, dtype)
+        self.network = load_network(Path(model_path), self.dtype).to(self.device)
+        self.algorithm: Algorithm | None = None
+
+    def rendezvous(self) -> str:
+        """`host:port` on this machine at which the learners can meet; asked of rank 0."""
+        host = socket.gethostbyname(socket.gethostname())
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{host}:{probe.getsockname()[1]}"
+
+    def join(self, address: str) -> None:
+        """Enter the learners' process group; every rank must call this."""
+        host, port = address.rsplit(":", 1)
+        # DeepSpeed reads these even when the group exists already; Ray narrows the visible devices, so each rank's device is number 0.
+        os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.num_learners), "LOCAL_RANK": "0", "MASTER_ADDR": host, "MASTER_PORT": port}
+        dist.init_process_group(
+            "nccl" if self.device.type == "cuda" else "gloo",
+            init_method=f"tcp://{address}",
+            rank=self.rank,
+            world_size=self.num_learners,
+            timeout=timedelta(minutes=10),
+        )
+
+    def leave(self) -> None:
+        """Leave the process group, which is global to the process."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def begin(self, algorithm: AlgorithmConfig, optimizer: OptimizerConfig, total_updates: int, model_path: str | None = None) -> None:
+        """Start a phase: compose its algorithm and build a fresh optimizer over `total_updates` optimizer steps."""
+        self.algorithm = Algorithm.compose(algorithm)
+        if model_path is not None:
+            self.network.load_state_dict(load_network(Path(model_path), self.dtype).state_dict())
+        backend = importlib.import_module(f"workers.backends.{self.config.backend}_backend")
+        self.backend = backend.Backend(self.network, optimizer, total_updates, self.config)
+        self.network = self.backend.network
+
+    def make_views(self, batch: Batch) -> list[Views]:
+        """The views of every inner update of a batch; views that do not change between updates are made once."""
+        credit = self.algorithm.credit(batch)
+        fresh = self.algorithm.config.updates if self.algorithm.config.fresh_views == "update" else 1
+        return [self.algorithm.make_views(batch, credit, self.noise, update) for update in range(fresh)]
+
+    def step(self, batch: Batch, views: list[Views] | None = None, *reference: dict[int, Tensor]) -> dict[str, float]:
+        """All inner updates on one batch.
+
+        Args:
+            views: what `make_views` returned; made here when None.
+            reference: log-probs `[M]` under the reference by index into `views`, in any number of parts.
+
+        Returns:
+            Metrics of the last update, with the gradient norm averaged over updates.
+        """
+        views = self.make_views(batch) if views is None else views
+        credit = self.algorithm.credit(batch)
+        references = {index: log_prob for part in reference for index, log_prob in part.items()}
+        updates = self.algorithm.config.updates
+        which = [update if len(views) > 1 else 0 for update in range(updates)]
+        proximal: dict[int, Tensor] = {}
+        if self.algorithm.needs_proximal:
+            # The first update's proximal policy is the policy itself, unless later updates look through the same views.
+            later = sorted({index for update, index in enumerate(which) if update > 0})
+            proximal = {index: self._all_log_probs(views[index]) for index in later}
+        norms = []
+        for update, index in enumerate(which):
+            fixed = proximal.get(index) if update > 0 else None
+            scores, metrics = self._update(batch, views[index], credit, fixed, references.get(index))
+            norm, learning_rate = self.backend.step()
+            norms.append(norm)
+        metrics |= health_metrics(self.algorithm, scores, credit, batch)
+        return metrics | {"grad_norm": float(np.mean(norms)), "learning_rate": learning_rate}
+
+    def _update(self, batch, views, credit, proximal, reference):
+        """Accumulate the gradient of one update."""
+        first_row, last_row = shard_rows(views, self.num_learners)[self.rank]
+        runs = micro_batches(views, self.config.micro_batch_tokens, first_row, last_row)
+        single = len(runs) == 1
+        with torch.set_grad_enabled(single):
+            kept = [micro_batch_log_probs(self.network, views, run, self.device) for run in runs]
+        own = torch.cat([part.detach() for part in kept]).cpu()
+        log_probs = LogProbs(self._gather(own), proximal, reference)
+        coefficient, scores, metrics = self.algorithm.coefficients(log_probs, views, batch, credit)
+        # DeepSpeed averages over ranks while the loss is already the mean over the global batch.
+        coefficient = coefficient.float() * self.num_learners
+        for number in range(self._max_over_ranks(len(runs))):
+            run = runs[min(number, len(runs) - 1)]
+            log_prob = kept[0] if single and number == 0 else micro_batch_log_probs(self.network, views, run, self.device)
+            part = coefficient[run.first_score : run.last_score].to(self.device)
+            # Ranks must agree on the number of backward calls; the surplus ones carry weight 0.
+            self.backend.backward((log_prob * part).sum() * (1.0 if number < len(runs) else 0.0))
+        return scores, metrics
+
+    @torch.no_grad()
+    def _all_log_probs(self, views: Views) -> Tensor:
+        first_row, last_row = shard_rows(views, self.num_learners)[self.rank]
+        runs = micro_batches(views, self.config.micro_batch_tokens, first_row, last_row)
+        return self._gather(torch.cat([micro_batch_log_probs(self.network, views, run, self.device).cpu() for run in runs]))
+
+    def _gather(self, own: Tensor) -> Tensor:
+        """Concatenate each rank's log-probs; shards are consecutive, so this is the order of the views."""
+        if self.num_learners == 1:
+            return own
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.num_learners)]
+        dist.all_gather(sizes, torch.tensor([len(own)], device=self.device))
+        widest = max(int(size) for size in sizes)
+        padded = torch.zeros(widest, device=self.device)
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in range(self.num_learners)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)]).cpu()
+
+    def _max_over_ranks(self, count: int) -> int:
+        if self.num_learners == 1:
+            return count
+        value = torch.tensor([count], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return int(value)
+
+    def publish(self, bucket_bytes: int) -> Iterator[np.ndarray]:
+        """Yield the weights as flat byte buckets; the other ranks run `gather_only` meanwhile."""
+        with self.backend.full_parameters():
+            yield from buckets_of(self.network.state_dict(), bucket_bytes)
+
+    def gather_only(self, bucket_bytes: int) -> None:
+        """Take part in the gathering of ZeRO-3 parameters, which is collective, without publishing."""
+        with self.backend.full_parameters():
+            pass
+
+    def receipt(self, version: int, bucket_bytes: int) -> Receipt:
+        """What a receiver of these weights must hold."""
+        with self.backend.full_parameters():
+            return receipt_of(self.network, version, bucket_bytes)
+
+    def save(self, folder: str, tokenizer=None) -> None:
+        """Write the optimizer state, and on rank 0 the weights in the Hugging Face layout under `hf`."""
+        target = Path(folder)
+        (target / "learner").mkdir(parents=True, exist_ok=True)
+        self.backend.save(target / "learner")
+        with self.backend.full_parameters():
+            if self.rank == 0:
+                save_network(self.network, target / "hf", tokenizer)
+
+    def load(self, folder: str) -> None:
+        """Continue from what `save` wrote; `begin` must have been called with the same arguments as then."""
+        self.backend.load(Path(folder) / "learner")
+
+

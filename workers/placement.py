@@ -1,0 +1,173 @@
+"""The crew of a run: which workers there are, what each asks for, and the weight transport between them."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhub.config import Recipe
+from rlhub.errors import SyncError, WorkerLost
+from rlhub.types import Receipt
+from workers.generator import Generator
+from workers.learner import Learner
+from workers.reward import RewardWorker
+from workers.runtime import Handle, LocalRuntime, Resources, Runtime
+from workers.scorer import Scorer
+from workers.supervisor import Pool
+
+
+@dataclass
+class Crew:
+    """All workers of a run and what the controller asks of them."""
+
+    runtime: Runtime
+    learners: list[Handle]
+    scorers: list[Handle]
+    generators: Pool
+    graders: Pool
+    transport: Any
+    bucket_bytes: int
+    version: int = -1
+    last_receipt: Receipt | None = field(default=None)
+
+    def learn(self, method: str, *args: Any) -> Any:
+        """Call a method on every learner at once; the result of rank 0."""
+        futures = [self.runtime.submit(learner, method, *args) for learner in self.learners]
+        return [self.runtime.get(future) for future in futures][0]
+
+    def publish(self, version: int) -> Receipt:
+        """Give every generator the learners' weights as `version` and compare receipts.
+
+        A generator that is being rebuilt is left out; it is brought up to date when it is readmitted.
+
+        Raises:
+            SyncError: a generator holds something else than the learners.
+        """
+        self.version = version
+        receipts = self.transport.push(self.generators.handles, version)
+        self.last_receipt = self.runtime.get(self.runtime.submit(self.learners[0], "receipt", version, self.bucket_bytes))
+        for name, future in receipts.items():
+            try:
+                self._check(name, self.runtime.get(future))
+            except WorkerLost:
+                continue
+        return self.last_receipt
+
+    def refresh(self, generator: Handle) -> None:
+        """Bring one generator up to date."""
+        self._check(generator.name, self.runtime.get(self.transport.refresh(generator, self.version)))
+
+    def set_reference(self, model_path: str) -> None:
+        """Give every scorer the weights of a model folder."""
+        for future in [self.runtime.submit(scorer, "load", model_path) for scorer in self.scorers]:
+            self.runtime.get(future)
+
+    def copy_reference(self, version: int) -> None:
+        """Give every scorer the weights that were published last."""
+        for scorer in self.scorers:
+            self._check(scorer.name, self.runtime.get(self.transport.refresh(scorer, version)))
+
+    def save_reference(self, folder: str) -> None:
+        """Write the reference's weights, for references that follow the policy."""
+        self.runtime.get(self.runtime.submit(self.scorers[0], "save", folder))
+
+    def close(self) -> None:
+        self.transport.close()
+        for learner in self.learners:
+            self.runtime.submit(learner, "leave")
+        self.runtime.close()
+
+    def _check(self, name: str, received: Receipt) -> None:
+        difference = self.last_receipt.mismatch(received)
+        if difference is not None:
+            raise SyncError(f"{name} holds other weights than the learners: {difference}")
+
+
+def demands(recipe: Recipe) -> dict[str, Resources]:
+    """What one worker of each role asks for. Reward workers need no thread of their own while a model computes."""
+    roles = recipe.roles
+    return {
+        "learner": Resources(roles.threads, roles.gpus_per_learner),
+        "scorer": Resources(roles.threads, roles.gpus_per_scorer),
+        "generator": Resources(roles.threads, roles.gpus_per_generator, restarts=-1),
+        "reward": Resources(1, 0, restarts=-1),
+    }
+
+
+def assemble(recipe: Recipe, model_path: Path, log_folder: Path | None = None) -> Crew:
+    """Start the runtime and spawn every worker from the same model folder.
+
+    Raises:
+        RecipeError: the cluster cannot hold the roles.
+    """
+    roles, wanted = recipe.roles, demands(recipe)
+    counts = {"learner": roles.learners, "scorer": roles.scorers, "generator": roles.generators, "reward": roles.reward_workers}
+    if recipe.run.runtime == "local":
+        import torch
+
+        torch.set_num_threads(roles.threads)
+        runtime: Runtime = LocalRuntime()
+    else:
+        from workers.ray_runtime import RayRuntime
+
+        every = [wanted[role] for role, count in counts.items() for _ in range(count)]
+        runtime = RayRuntime(every, log_folder, dashboard=recipe.run.dashboard)
+
+    threads = roles.threads if recipe.run.runtime != "local" else None
+    shared = {"dtype": recipe.model.dtype, "threads": threads}
+
+    def spawn(role: str, index: int, build: type, gpus: float = 0, **kwargs: Any) -> Handle:
+        device = {"device": "cuda" if gpus else "cpu"} if role != "reward" else {}
+        return runtime.spawn(f"{role}-{index}", build, wanted[role], **kwargs, **device)
+
+    learners = [
+        spawn(
+            "learner",
+            rank,
+            Learner,
+            roles.gpus_per_learner,
+            model_path=str(model_path),
+            config=recipe.learner,
+            run_seed=recipe.run.seed,
+            rank=rank,
+            num_learners=roles.learners,
+            **shared,
+        )
+        for rank in range(roles.learners)
+    ]
+    scorers = [
+        spawn(
+            "scorer",
+            index,
+            Scorer,
+            roles.gpus_per_scorer,
+            model_path=str(model_path),
+            micro_batch_tokens=recipe.learner.micro_batch_tokens,
+            **shared,
+        )
+        for index in range(roles.scorers)
+    ]
+    generators = [
+        spawn("generator", index, Generator, roles.gpus_per_generator, model_path=str(model_path), run_seed=recipe.run.seed, **shared)
+        for index in range(roles.generators)
+    ]
+    graders = [spawn("reward", index, RewardWorker, part=recipe.task.reward) for index in range(roles.reward_workers)]
+    if recipe.learner.backend == "deepspeed" or roles.learners > 1:
+        address = runtime.get(runtime.submit(learners[0], "rendezvous"))
+        for future in [runtime.submit(learner, "join", address) for learner in learners]:
+            runtime.get(future)
+    transport = importlib.import_module(f"workers.transports.{recipe.weights.transport}").Transport(runtime, learners, recipe.weights)
+    deadline = recipe.reward_pool.deadline_seconds if recipe.run.runtime != "local" else None
+    crew = Crew(
+        runtime,
+        learners,
+        scorers,
+        generators=Pool(runtime, generators),
+        graders=Pool(runtime, graders, deadline=deadline),
+        transport=transport,
+        bucket_bytes=int(recipe.weights.bucket_megabytes * 2**20),
+    )
+    crew.generators.refresh = crew.refresh
+    return crew

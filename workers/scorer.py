@@ -1,0 +1,44 @@
+"""The scorer: the frozen reference model; evaluates views that it is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhub.checkpoint import load_network, save_network
+from rlhub.scoring import token_log_probs
+from rlhub.types import Receipt, Views
+from workers.sync import load_buckets, receipt_of
+
+
+class Scorer:
+    """One scorer of `model_path`, or of what it received since."""
+
+    def __init__(
+        self, model_path: str, micro_batch_tokens: int, *, device: str = "cpu", dtype: str = "float32", threads: int | None = None
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.device, self.micro_batch_tokens = torch.device(device), micro_batch_tokens
+        self.network = load_network(Path(model_path), getattr(torch, dtype)).to(device)
+
+    def load(self, model_path: str) -> None:
+        """Take the weights of a model folder as the reference."""
+        self.network.load_state_dict(load_network(Path(model_path), next(self.network.parameters()).dtype).state_dict())
+
+    def save(self, folder: str) -> None:
+        """Write the reference as a model folder."""
+        save_network(self.network, Path(folder))
+
+    def score(self, views: list[Views], first: int = 0, stride: int = 1) -> dict[int, Tensor]:
+        """Log-probs `[M]` of `views[first::stride]` by index."""
+        indices = range(first, len(views), stride)
+        return {index: token_log_probs(self.network, views[index], self.micro_batch_tokens, self.device) for index in indices}
+
+    def receive(self, version: int, bucket_bytes: int, *buckets: np.ndarray) -> Receipt:
+        """Adopt published weights as the new reference."""
+        load_buckets(self.network.state_dict(), buckets, bucket_bytes)
+        return receipt_of(self.network, version, bucket_bytes)
