@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -370,13 +371,14 @@ def _override_layer(overrides: Sequence[str]) -> _Layer:
             raise RecipeError(f"{origin}: {value!r} is not a YAML value; quote it or close its brackets") from error
         leaves = flatten({key.strip(): parsed})
         layer.values += leaves
-        layer.origins |= {leaf: origin for leaf, _ in leaves} | {key.strip(): origin}
+        sections = accumulate(key.strip().split("."), "{}.{}".format)
+        layer.origins |= {leaf: origin for leaf, _ in leaves} | dict.fromkeys(sections, origin)
     return layer
 
 
 def _drop_replaced_options(config: DictConfig, layer: Mapping[str, Any]) -> None:
-    """Removes the options of parts for which a layer names another part."""
-    for _, name_key, option_keys in _PARTS:
+    """Removes the options of parts for which a layer names another part, and the model's shape when it names another checkpoint."""
+    for name_key, option_keys in [*((name_key, option_keys) for _, name_key, option_keys in _PARTS), ("model.path", ["model.config"])]:
         if name_key in layer and layer[name_key] != OmegaConf.select(config, name_key):
             for key in option_keys:
                 OmegaConf.update(config, key, {}, merge=False)
@@ -441,10 +443,19 @@ _POSITIVE = [
     *("weights.bucket_megabytes", "weights.timeout_seconds", "reward_pool.deadline_seconds"),
     *(f"{owner}.optimizer.{key}" for owner in ("learner", "sft") for key in ("learning_rate", "max_grad_norm")),
 ]
-_GROUP_ADVANTAGES = ["group_mean", "leave_one_out", "z_score"]  # compare a completion with others of its prompt
+_GROUP_ADVANTAGES = [
+    "group_mean",
+    "leave_one_out",
+    "z_score",
+    "softmax",
+    "best_worst",
+    "step_difference",
+]  # compare a completion with others of its prompt
 
 
 def _check_choices(recipe: Recipe) -> None:
+    from rlhub.trackers import TRACKERS
+
     for key, choices in _CHOICES.items():
         value = attrgetter(key)(recipe)
         if value not in choices:
@@ -453,6 +464,9 @@ def _check_choices(recipe: Recipe) -> None:
         value = attrgetter(key)(recipe)
         if not re.fullmatch(pattern, value):
             raise KeyedError(f"expected {wanted}; got {value!r}", key)
+    for tracker in recipe.run.trackers:
+        if tracker not in TRACKERS:
+            raise KeyedError(f"no such tracker {tracker!r}{did_you_mean(tracker, TRACKERS)}", "run.trackers")
     phases = recipe.run.phases
     for phase in phases:
         if phase not in _PHASES:
@@ -515,10 +529,8 @@ def _check_algorithm(recipe: Recipe) -> None:
 def _check_layout(recipe: Recipe) -> None:
     roles, learner = recipe.roles, recipe.learner
     sequences = recipe.algorithm.prompts_per_step * recipe.algorithm.completions_per_prompt
-    if recipe.run.runtime == "local":
-        for key in ("generators", "learners"):
-            if (count := getattr(roles, key)) > 1:
-                raise KeyedError(f"run.runtime local is one process, got {count}; use 1, or run.runtime=ray", f"roles.{key}")
+    if recipe.run.runtime == "local" and roles.learners > 1:
+        raise KeyedError(f"run.runtime local is one process, got {roles.learners}; use 1, or run.runtime=ray", "roles.learners")
     if learner.backend == "torch" and roles.learners > 1:
         key = "learner.backend"
         raise KeyedError(f"torch is one process, but roles.learners is {roles.learners}; use deepspeed or roles.learners=1", key)
@@ -530,8 +542,6 @@ def _check_layout(recipe: Recipe) -> None:
             f"use at least {recipe.sampler.length} plus the longest prompt",
             "learner.micro_batch_tokens",
         )
-    if recipe.weights.transport == "nccl" and not roles.gpus_per_learner:
-        raise KeyedError("nccl needs GPUs, but roles.gpus_per_learner is 0; use gloo or object_store", "weights.transport")
 
 
 def _check_parts(recipe: Recipe) -> None:
@@ -557,7 +567,7 @@ def _check_parts(recipe: Recipe) -> None:
             except KeyedError as error:
                 raise KeyedError(error.message, f"{key}.{error.key}".rstrip(".")) from error
         if folder == "objectives":
-            _check_needs(recipe.algorithm, vars(module).get("NEEDS", ()))
+            _check_needs(recipe, vars(module).get("NEEDS", ()))
 
 
 def _check_grader_function(reward: Part) -> None:
@@ -570,13 +580,17 @@ def _check_grader_function(reward: Part) -> None:
         raise KeyedError(f"{reward['name']!r}: {one_line(error)}", "task.reward.name") from error
 
 
-def _check_needs(algorithm: AlgorithmConfig, needs: Sequence[str]) -> None:
-    """An objective that compares policies needs those to exist."""
+def _check_needs(recipe: Recipe, needs: Sequence[str]) -> None:
+    """Policies that the objective or the KL compares with must exist, and somebody must score the reference."""
+    algorithm = recipe.algorithm
     name = algorithm.objective["name"]
     if "reference" in needs and algorithm.reference == "none":
         raise KeyedError(f"{name} compares with the reference policy, got none; use frozen or sync_every:N", "algorithm.reference")
     if "proximal" in needs and algorithm.behavior == "none":
         raise KeyedError(f"{name} is a ratio to the policy that generated, got none; use recompute", "algorithm.behavior")
+    needs_reference = "reference" in needs or (algorithm.kl.coefficient > 0 and algorithm.kl.against == "reference")
+    if needs_reference and recipe.roles.scorers == 0 and "online" in recipe.run.phases:
+        raise KeyedError("0 scorers, but the objective or the KL needs the reference policy; use at least 1", "roles.scorers")
 
 
 def _select(values: Mapping[str, Any], key: str) -> Any:

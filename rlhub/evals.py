@@ -21,8 +21,9 @@ def accuracy_key(temperature: float) -> str:
 
 
 def evaluation_task(recipe: Recipe) -> Task:
-    """The held-out split: the training options overridden by those of `task.eval`."""
-    return load_task(recipe.task.name, {**recipe.task.train, **recipe.task.eval}, "test", recipe.run.seed)
+    """The held-out split: the training options overridden by those of `task.eval`. It does not depend on the run's seed, so that
+    runs with different seeds are measured on the same problems."""
+    return load_task(recipe.task.name, {**recipe.task.train, **recipe.task.eval}, "test", seed=0)
 
 
 def evaluate(crew: Any, recipe: Recipe, task: Task, tokenizer: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from rlhub.errors import RecipeError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerFast
 
     from rlhub.algorithm import Algorithm
 
@@ -116,8 +117,10 @@ def make_plan(recipe: Recipe) -> Plan:
     from rlhub.algorithm import Algorithm
 
     algorithm = Algorithm.compose(recipe.algorithm)
-    network = meta_network(recipe.model)
-    prompts, notes = _read_prompts(recipe, network)
+    tokenizer = _tokenizer(recipe)
+    network = meta_network(recipe.model, tokenizer and len(tokenizer))
+    prompts, notes = _read_prompts(recipe, tokenizer)
+    _check_fit(recipe, prompts, network, tokenizer)
     batch = _batch(recipe, algorithm, prompts)
     forwards = _forwards(recipe, algorithm, batch)
     online = [entry for entry in forwards if entry.kind != "sft"]
@@ -130,29 +133,30 @@ def make_plan(recipe: Recipe) -> Plan:
         forwards_per_step=sum(entry.forwards for entry in online),
         tokens_per_step=sum(entry.tokens for entry in online),
         optimizer_steps=_optimizer_steps(recipe),
-        roles=_roles(recipe, algorithm.needs_reference),
-        memory=_memory(recipe, network, batch, algorithm.needs_reference),
+        roles=_roles(recipe),
+        memory=_memory(recipe, network, batch),
         notes=[*notes, *_notes(recipe, batch, algorithm.needs_reference)],
     )
 
 
-def meta_network(model: ModelConfig) -> nn.Module:
-    """The network without memory, from the checkpoint's config.json where there is one, else from `model.config`."""
+def meta_network(model: ModelConfig, vocab_size: int | None = None) -> nn.Module:
+    """The network without memory, from the checkpoint's config.json where there is one, else from `model.config`.
+
+    Args:
+        vocab_size: of the task's own tokenizer, which decides for a model that starts from random weights.
+    """
     import torch
 
-    from rlhub.checkpoint import family_of
+    from rlhub.checkpoint import family_of, resolve_model_path
     from rlhub.parts import load_part, part_config
 
-    file = Path(model.path) / "config.json" if model.path else None
-    if file and file.parent.is_dir():
-        if not file.is_file():
-            raise RecipeError(f"model.path: {model.path} has no config.json; give a checkpoint folder in the Hugging Face layout")
-        published = json.loads(file.read_text(encoding="utf-8"))
+    if model.path and Path(model.path).is_dir():
+        published = json.loads((resolve_model_path(Path(model.path)) / "config.json").read_text(encoding="utf-8"))
         family = family_of(published)
         config = family.Config.from_published(published)
     else:
         family = load_part("models", model.family)
-        config = part_config(family, model.config)
+        config = part_config(family, model.config | ({"vocab_size": vocab_size} if vocab_size and not model.path else {}))
     with torch.device("meta"):
         return family.build(config)
 
@@ -172,40 +176,53 @@ def plan_view(plan: Plan) -> Group:
     return Group(recipe, *(part for table in tables for part in (table, "")), *notes)
 
 
-def _read_prompts(recipe: Recipe, network: nn.Module) -> tuple[Prompts, list[str]]:
-    """Prompt lengths from the data itself, and what is to be said about data and vocabulary."""
-    from rlhub.data import load_task, task_tokenizer
-    from rlhub.tokenizers import encode_prompts, load_tokenizer
+def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast | None:
+    """The checkpoint's tokenizer, or the task's own for a model that starts from random weights; None before the download."""
+    from rlhub.checkpoint import resolve_model_path
+    from rlhub.data import task_tokenizer
+    from rlhub.tokenizers import load_tokenizer
+
+    if recipe.model.path is None:
+        tokenizer = task_tokenizer(recipe.task.name, recipe.task.train)
+        if tokenizer is None:
+            raise RecipeError(f"model.path: task {recipe.task.name} is plain text and needs a checkpoint with a tokenizer, got null")
+        return tokenizer
+    folder = Path(recipe.model.path)
+    if not folder.is_dir() or not (resolve_model_path(folder) / "tokenizer.json").is_file():
+        return None
+    return load_tokenizer(str(resolve_model_path(folder)))
+
+
+def _read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None) -> tuple[Prompts, list[str]]:
+    """Prompt lengths from the data itself, and what is to be said about the data."""
+    from rlhub.data import load_task
+    from rlhub.evals import evaluation_task
+    from rlhub.tokenizers import encode_prompts
 
     task, notes = recipe.task, []
-    train = load_task(task.name, task.train, "train", recipe.run.seed)
-    test = load_task(task.name, {**task.train, **task.eval}, "test", recipe.run.seed)
+    train, test = load_task(task.name, task.train, "train", recipe.run.seed), evaluation_task(recipe)
     if test.size is not None and test.size < task.eval_rows:
         notes.append(f"task.eval_rows is {task.eval_rows} but the test split has {test.size} problems: evaluations use those")
     texts = [train.example(index).prompt for index in range(min(PROMPTS_READ, train.size or PROMPTS_READ))]
-    tokenizer = task_tokenizer(task.name, task.train)
-    folder = Path(recipe.model.path) if recipe.model.path else None
-    if tokenizer is None and folder is None:
-        raise RecipeError(f"model.path: task {task.name} is plain text and needs a checkpoint with a tokenizer, got null")
-    if tokenizer is None and folder and (folder / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(str(folder))
     if tokenizer is None:
-        notes.append(f"prompt tokens are estimated from characters: there is no tokenizer in {folder} yet")
+        notes.append(f"prompt tokens are estimated from characters: there is no tokenizer.json in {recipe.model.path} yet")
         lengths = [len(str(text)) // CHARACTERS_PER_TOKEN + 1 for text in texts]
     else:
         lengths = [len(ids) for ids in encode_prompts(tokenizer, texts)]
-        if len(tokenizer) > network.vocab_size:
-            raise RecipeError(
-                f"model.config.vocab_size: {network.vocab_size} is smaller than the {len(tokenizer)} tokens of task {task.name}; "
-                f"use at least {len(tokenizer)}"
-            )
-    longest = max(lengths) + recipe.sampler.length
+    return Prompts(sum(lengths) / len(lengths), max(lengths), tokenizer is None), notes
+
+
+def _check_fit(recipe: Recipe, prompts: Prompts, network: nn.Module, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Raises RecipeError when prompts, canvas, vocabulary and micro-batches do not fit the model and each other."""
+    longest, held = prompts.longest + recipe.sampler.length, recipe.learner.micro_batch_tokens
+    if tokenizer and len(tokenizer) > network.vocab_size:
+        raise RecipeError(
+            f"model.path: the model has {network.vocab_size} tokens, its tokenizer {len(tokenizer)}; give the matching folder"
+        )
     if longest > network.max_length:
         raise RecipeError(f"sampler.length: prompt and canvas need {longest} positions but the model has {network.max_length}; shorten it")
-    if longest > recipe.learner.micro_batch_tokens:
-        held = recipe.learner.micro_batch_tokens
+    if longest > held:
         raise RecipeError(f"learner.micro_batch_tokens: {held} cannot hold one row of {longest} tokens; use at least {longest}")
-    return Prompts(sum(lengths) / len(lengths), max(lengths), tokenizer is None), notes
 
 
 def _batch(recipe: Recipe, algorithm: Algorithm, prompts: Prompts) -> BatchPlan:
@@ -259,7 +276,7 @@ def _optimizer_steps(recipe: Recipe) -> dict[str, int]:
     return {phase: steps[phase] for phase in recipe.run.phases}
 
 
-def _roles(recipe: Recipe, needs_reference: bool) -> list[RolePlan]:
+def _roles(recipe: Recipe) -> list[RolePlan]:
     """Processes of each role and what each takes from the machines."""
     roles, threads = recipe.roles, recipe.roles.threads
     if recipe.run.runtime == "local":
@@ -268,13 +285,13 @@ def _roles(recipe: Recipe, needs_reference: bool) -> list[RolePlan]:
         ("controller", 1, 1, 0.0),
         ("generator", roles.generators, threads, roles.gpus_per_generator),
         ("learner", roles.learners, threads, roles.gpus_per_learner),
-        ("scorer", roles.scorers if needs_reference else 0, threads, roles.gpus_per_scorer),
-        ("reward worker", roles.reward_workers, threads, 0.0),
+        ("scorer", roles.scorers, threads, roles.gpus_per_scorer),
+        ("reward worker", roles.reward_workers, 1, 0.0),
     ]
     return [RolePlan(role, count, each, count * each, count * gpus) for role, count, each, gpus in counts if count]
 
 
-def _memory(recipe: Recipe, network: nn.Module, batch: BatchPlan, needs_reference: bool) -> list[Memory]:
+def _memory(recipe: Recipe, network: nn.Module, batch: BatchPlan) -> list[Memory]:
     """Bytes of one process of each role that holds the model; activations are a rough upper estimate."""
     from torch import nn
 
@@ -287,18 +304,17 @@ def _memory(recipe: Recipe, network: nn.Module, batch: BatchPlan, needs_referenc
     tokens = min(recipe.learner.micro_batch_tokens, batch.rows_per_micro_batch * batch.row_tokens)
     logits = 8 * tokens * recipe.sampler.length // batch.row_tokens * network.vocab_size  # float32, with their log-softmax
     scoring = logits + 2 * tokens * max(widths) * size
-    reference_in_learner = needs_reference and recipe.roles.scorers == 0 and recipe.run.runtime == "ray"
     master = 4 if size < 4 else 0  # float32 copy of low-precision weights
     learner = Memory(
         "learner",
-        weights=parameters * size // (learners if stage >= 3 else 1) + parameters * size * reference_in_learner,
+        weights=parameters * size // (learners if stage >= 3 else 1),
         gradients=parameters * size // (learners if stage >= 2 else 1),
         optimizer=parameters * (8 + master) // (learners if stage >= 1 else 1),
         activations=logits + logits // 2 + tokens * sum(widths) * size,
     )
     generator = Memory("generator", parameters * size, 0, 0, scoring)
     scorer = Memory("scorer", parameters * size, 0, 0, scoring)
-    return [generator, learner, *([scorer] if needs_reference and not reference_in_learner else [])]
+    return [generator, learner, *([scorer] if recipe.roles.scorers else [])]
 
 
 def _notes(recipe: Recipe, batch: BatchPlan, needs_reference: bool) -> list[str]:
@@ -310,9 +326,9 @@ def _notes(recipe: Recipe, batch: BatchPlan, needs_reference: bool) -> list[str]
         near = sorted(sorted(fits, key=lambda p: abs(p - batch.prompts))[:2])
         even = " or ".join(map(str, near))
         notes.append(f"{batch.sequences} sequences on {roles.learners} learners: {fewest} or {most} each; prompts_per_step {even} is even")
-    if recipe.run.runtime == "ray" and needs_reference and roles.scorers == 0:
-        notes.append("roles.scorers is 0: the learners hold the reference model too")
-    cpus = sum(role.cpus for role in _roles(recipe, needs_reference))
+    if roles.scorers and not needs_reference:
+        notes.append("nothing needs the reference policy: the scorers are idle, roles.scorers=0 saves their memory")
+    cpus = sum(role.cpus for role in _roles(recipe))
     if cpus > (os.cpu_count() or 1) and "RAY_ADDRESS" not in os.environ:
         notes.append(f"the roles ask for {cpus} CPU threads, this machine has {os.cpu_count()}: they will share them")
     for phase, steps in _optimizer_steps(recipe).items():

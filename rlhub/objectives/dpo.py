@@ -22,7 +22,7 @@ class Config:
 
 
 def loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor, dict[str, float]]:
-    """-mean over `credit.pairs` of log sigmoid(beta (D_chosen - D_rejected)), D = log policy - log reference of a sequence; 0 without pairs.
+    """-mean over `credit.pairs` of log sigmoid(beta (D_chosen - D_rejected)), D = log policy - log reference; 0 without pairs.
 
     Raises:
         ValueError: the credit holds no pairs, or the likelihood is not one of sequences.

@@ -37,6 +37,8 @@ def loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor, dict[s
     scale = policy.length if config.normalize == "length" else torch.ones_like(policy.length)
     delta = (policy.value - proximal.value.detach()) / scale
     per_draw = (policy.draws - proximal.draws.detach()) / scale[:, None]
-    bound = torch.where(credit.advantages >= 0, 1 + delta, per_draw.exp().mean(1))
+    rewarded = credit.advantages >= 0
+    # Filled before exp: an overflow in the branch that is not taken would still turn the gradient into NaN.
+    bound = torch.where(rewarded, 1 + delta, per_draw.masked_fill(rewarded[:, None], 0.0).exp().mean(1))
     metrics = ratio_metrics(delta, credit.advantages, credit.valid, 1.0, float("inf"))
     return -valid_mean(credit.advantages * bound, credit), {key: value for key, value in metrics.items() if key.startswith("ratio/")}

@@ -1,4 +1,4 @@
-"""Advantage-weighted log-likelihood per scored token, without a ratio: supervised learning when every advantage is 1 (LLaDA, section 2.3)."""
+"""Advantage-weighted log-likelihood per scored token, without a ratio: supervised learning when every advantage is 1 (LLaDA, sec. 2.3)."""
 
 from __future__ import annotations
 

@@ -29,9 +29,10 @@ NOISE = Noise(run_seed=11)
 
 
 @cache
-def network(seed: int = 0, **shape) -> LLaDA:
-    """A random network with peaked predictions, so that its choices differ from place to place."""
-    config = Config(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=48, vocab_size=VOCAB, mask_token_id=MASK, eos_token_id=EOS, init_std=0.35)
+def network(seed: int = 3, **shape) -> LLaDA:
+    """A random network, peaked enough that its choices differ from place to place; EOS appears in half of its canvases."""
+    config = Config(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=48, vocab_size=VOCAB, mask_token_id=MASK, eos_token_id=EOS)
+    shape = {"init_std": 0.2} | shape
     return LLaDA(replace(config, **shape)).initialize(torch.Generator().manual_seed(seed)).eval()
 
 
@@ -43,7 +44,7 @@ def requests() -> tuple[Request, ...]:
     return tuple(Request(uid=1000 * index + 7, group_uid=index // 2, prompt_ids=prompt) for index, prompt in enumerate(prompts))
 
 
-def sampler(name: str = "low_confidence", steps: int = LENGTH, block_length: int = LENGTH, temperature: float = 1.0, **rest) -> SamplerConfig:
+def sampler(name="low_confidence", steps=LENGTH, block_length=LENGTH, temperature=1.0, **rest) -> SamplerConfig:
     return SamplerConfig(name, LENGTH, steps, block_length, temperature, **rest)
 
 
@@ -64,7 +65,7 @@ def assert_same(produced: Rollout, expected: Rollout) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- generation
 
-SCHEDULES = [(12, 12), (6, 4), (3, 12), (5, 12), (12, 1)]  # steps, block length
+SCHEDULES = [(12, 12), (6, 4), (5, 12), (12, 1)]  # steps, block length
 GRID = [
     *itertools.product(["low_confidence", "random", "left_to_right"], SCHEDULES, [0.0, 0.7, 1.0]),
     ("low_confidence", (4, 6), 0.05),
@@ -191,7 +192,8 @@ def test_eos_policies_and_early_stop_bite():
         tail = rollout.unmask_step < 0
         assert tail.any() and (rollout.completion_ids[tail] == EOS).all() and np.isnan(rollout.logp_model[tail]).all()
     for rollout in allow:
-        assert rollout.length == (rollout.completion_ids.tolist() + [EOS]).index(EOS) + 1 or rollout.length == LENGTH
+        assert EOS not in rollout.completion_ids[: rollout.length - 1]
+        assert rollout.length == LENGTH or rollout.completion_ids[rollout.length - 1] == EOS
 
 
 def test_too_long_a_prompt_is_refused():
@@ -218,8 +220,8 @@ def tempered(temperature: float) -> np.ndarray:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
 def test_exponential_race_draws_from_the_softmax(temperature):
-    """Two million draws from one stream, a token of probability 1e-4 (and one of 2e-6 at temperature 0.7) among them."""
-    uniforms = NOISE.uniform("token", 2_000_000 * len(LOGITS), uid=5).reshape(-1, len(LOGITS))
+    """A million draws from one stream, a token of probability 1e-4 (and one of 2e-6 at temperature 0.7) among them."""
+    uniforms = NOISE.uniform("token", 1_000_000 * len(LOGITS), uid=5).reshape(-1, len(LOGITS))
     tokens = (LOGITS / temperature - np.log(-np.log1p(-uniforms))).argmax(1)
     for row in range(50):
         assert oracle.draw_token(torch.from_numpy(LOGITS), temperature, uniforms[row])[0] == tokens[row]
@@ -245,9 +247,9 @@ class ConstantModel:
 
 
 def test_engine_draws_from_the_softmax():
-    """160 000 positions through the whole engine, each with its own key."""
+    """120 000 positions through the whole engine, each with its own key."""
     config = SamplerConfig("random", 2000, 1, 2000, temperature=0.9, early_stop="off", eos="never")
-    uids = range(80)
+    uids = range(60)
     rollouts = TorchEngine(ConstantModel()).generate([Request(uid, uid, np.array([2], dtype=np.int32)) for uid in uids], config, NOISE)
     tokens = np.concatenate([rollout.completion_ids for rollout in rollouts]) - 2
     assert tokens.min() >= 0
@@ -259,7 +261,10 @@ def test_engine_draws_from_the_softmax():
 # ------------------------------------------------------------------------------------------------------------------- network
 
 
-@pytest.mark.parametrize("shape", [{}, {"n_heads": 4, "n_kv_heads": 2}, {"n_kv_heads": 1}, {"weight_tying": True}, {"embedding_size": 24}], ids=str)
+SHAPES = [{}, {"n_heads": 4, "n_kv_heads": 2}, {"n_kv_heads": 1}, {"weight_tying": True}, {"embedding_size": 24}, {"rope_theta": 100.0}]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_network_equals_oracle(shape):
     """Ragged packed rows, all positions and a single one."""
     model = network(1, **shape)
@@ -349,6 +354,7 @@ def espo(**changes) -> AlgorithmConfig:
 def graded(groups: int = 3, members: int = 4) -> tuple[Rollout, ...]:
     """Rollouts of the network with rewards, one of them a failure of the grader, one group with a single valid member."""
     random = np.random.default_rng(9)
+    values = [0, 1, 2, 1, 3, 0, 1, 2, 1, 1, 2, 0]
     made = []
     for group in range(groups):
         prompt = random.integers(2, VOCAB, 3 + group).astype(np.int32)
@@ -356,7 +362,7 @@ def graded(groups: int = 3, members: int = 4) -> tuple[Rollout, ...]:
     rollouts = TorchEngine(network()).generate(made, sampler("random", 6, 6, early_stop="fill_eos"), NOISE)
     failed = {1, 8, 9, 11}
     return tuple(
-        rollout.graded(RewardResult(float(random.integers(0, 3)), "timeout" if index in failed else "ok"))
+        rollout.graded(RewardResult(float(values[index]), "timeout" if index in failed else "ok"))
         for index, rollout in enumerate(rollouts)
     )
 
@@ -387,9 +393,9 @@ def test_algorithm_equals_the_explicit_formulas(span, kl):
     """Loss and gradient in float64 on a table model, with clipping on both sides and a reference."""
     config = espo(kl=kl, length=span)
     algorithm = Algorithm.compose(config)
-    draw = torch.Generator().manual_seed(4)
+    draw = torch.Generator().manual_seed(3)
     theta, old, far = (0.5 * torch.randn(LENGTH, LENGTH + 1, generator=draw, dtype=torch.float64) for _ in range(3))
-    theta = (0.8 * old + 0.2 * theta).requires_grad_()
+    theta = (0.3 * old + 0.7 * theta).requires_grad_()
     update = 3
     batch = make_batch(graded(), mask_id=MASK, span=span)
     credit = algorithm.credit(batch)
@@ -440,9 +446,8 @@ def test_update_equals_oracle_step():
         batch = make_batch(graded(), mask_id=MASK, span="canvas")
         credit = algorithm.credit(batch)
         views = algorithm.make_views(batch, credit, NOISE, update)
-        log_probs = LogProbs(
-            token_log_probs(policy, views, 200), token_log_probs(old, views, 200) if update else None, token_log_probs(reference, views, 200)
-        )
+        proximal = token_log_probs(old, views, 200) if update else None
+        log_probs = LogProbs(token_log_probs(policy, views, 200), proximal, token_log_probs(reference, views, 200))
         coefficient, _, metrics = algorithm.coefficients(log_probs, views, batch, credit)
         optimizers[0].zero_grad()
         for run in micro_batches(views, 200):
@@ -459,7 +464,7 @@ def test_update_equals_oracle_step():
         optimizers[0].step()
         before = network().state_dict()
         moved = math.sqrt(sum(float((step.weights[name] - before[name]).norm() ** 2) for name in before))
-        apart = math.sqrt(sum(float((parameter - step.weights[name]).norm() ** 2) for name, parameter in policy.named_parameters()))
+        apart = math.sqrt(sum(float((value - step.weights[name]).norm() ** 2) for name, value in policy.state_dict().items()))
         assert apart < 1e-3 * moved
 
 

@@ -23,6 +23,7 @@ COMMANDS = ["train", "eval", "sample", "plan", "export", "report"]
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))  # for subprocesses, where rlhub is not installed
 
 
 def run(*arguments: str) -> Result:
@@ -72,7 +73,7 @@ BAD = [
     ([SORT, "model.dtype=float16"], ["'float16'", "did you mean bfloat16"]),
     ([SORT, "model.family=lada"], ["'lada'", "did you mean llada"]),
     ([SORT, "model.config.d_mdel=8"], ["d_mdel", "did you mean d_model"]),
-    ([SORT, "model.config.vocab_size=3"], ["3", "at least 14"]),
+    ([SORT, "model.config.max_sequence_length=12"], ["16", "12", "shorten"]),
     ([SORT, "model.path=weights/none"], ["'weights/none'", "null for random weights"]),
     ([SORT, "task.name=srt"], ["'srt'", "did you mean sort"]),
     ([SORT, "task.train.digits=0"], ["digits", "at least 1", "0"]),
@@ -90,6 +91,8 @@ BAD = [
     ([SORT, "algorithm.on_invalid=zero"], ["'zero'", "drop_sample"]),
     ([SORT, "roles.learners=2"], ["2", "run.runtime=ray"]),
     ([SORT, "learner.micro_batch_tokens=7"], ["7", "at least 8"]),
+    ([SORT, "learner.micro_batch_tokens=12"], ["12", "at least 16"]),
+    ([SORT, "roles.scorers=0"], ["0 scorers", "at least 1"]),
     ([SORT, "learner.backend=fsdp"], ["'fsdp'", "deepspeed"]),
     ([SORT, "learner.optimizer.betas=0.9"], ["0.9", "a list of 2 items"]),
 ]
@@ -191,6 +194,7 @@ def test_export_and_report_print_where_they_wrote(monkeypatch):
 def test_modules_in_the_current_folder_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
     Path("mine_for_cli").mkdir()
-    Path("mine_for_cli/credit.py").write_text("from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Config:\n    scale: float = 1\n")
+    module = "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Config:\n    scale: int = 1\n"
+    Path("mine_for_cli/credit.py").write_text(module)
     result = run("plan", SORT, "algorithm.advantage.name=mine_for_cli.credit", "algorithm.advantage.scale=2", "--json")
     assert json.loads(result.stdout)["recipe"]["algorithm"]["advantage"] == {"name": "mine_for_cli.credit", "scale": 2}
