@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -199,4 +200,4 @@ def shard_rows(views: Views, num_shards: int) -> list[tuple[int, int]]:
         nearest = int(np.abs(before - total * shard / num_shards).argmin())
         cuts.append(min(max(nearest, cuts[-1] + 1), len(starts) - num_shards + shard))
     edges = [*starts[cuts].tolist(), views.num_rows]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))

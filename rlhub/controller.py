@@ -13,9 +13,9 @@ its last checkpoint as if nothing had happened.
 
 from __future__ import annotations
 
-from rlhub.health import rollout_metrics
 from rlhub.batching import make_batch
 from rlhub.config import AlgorithmConfig
+from rlhub.health import rollout_metrics
 from rlhub.pipeline import ONLINE, demonstration_batch, generate, grade, issue, shuffle_grades
 from rlhub.run_state import Session
 
@@ -39,7 +39,7 @@ def run_sft(session: Session) -> None:
         if step < config.steps:
             upcoming = demonstration_batch(session.train_task, session.tokenizer, recipe, step + 1)
         with session.span("learn"):
-            metrics = [crew.runtime.get(future) for future in futures][0]
+            metrics, *_ = [crew.runtime.get(future) for future in futures]
         session.finish_step(metrics, num_samples=config.batch_size)
 
 

@@ -165,6 +165,6 @@ def _check_lengths(recipe: Recipe, model_path: Path, tokenizer: Any, tasks: list
         for example, ids in zip(examples, encode_prompts(tokenizer, [example.prompt for example in examples]), strict=True):
             if len(ids) + recipe.sampler.length > context:
                 raise RecipeError(
-                    f"the {task.split} prompt of row {example.row} has {len(ids)} tokens, which with sampler.length={recipe.sampler.length} "
+                    f"the {task.split} prompt of row {example.row} has {len(ids)} tokens; with sampler.length={recipe.sampler.length} it "
                     f"exceeds the model's context of {context}; shorten the prompts or sampler.length"
                 )

@@ -14,13 +14,14 @@ from rlhub.config import SamplerConfig
 from rlhub.noise import Noise
 from rlhub.types import Receipt, Request, Rollout
 from workers.sync import load_buckets, receipt_of
+from workers.transports.collective import GroupMember, receive_state
 
 
 class StaleWeights(RuntimeError):
     """A worker was asked for a version that it does not hold, as after its restart."""
 
 
-class Generator:
+class Generator(GroupMember):
     """One generator.
 
     Args:
@@ -59,5 +60,11 @@ class Generator:
     def receive(self, version: int, bucket_bytes: int, *buckets: np.ndarray) -> Receipt:
         """Adopt published weights and return the receipt for what is held now."""
         load_buckets(self.network.state_dict(), buckets, bucket_bytes)
+        self.version = version
+        return receipt_of(self.network, version, bucket_bytes)
+
+    def receive_broadcast(self, version: int, bucket_bytes: int) -> Receipt:
+        """Adopt the weights that the learner broadcasts to the weight group."""
+        receive_state(self.member, self.network.state_dict(), bucket_bytes)
         self.version = version
         return receipt_of(self.network, version, bucket_bytes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -28,9 +27,10 @@ from rlhub.noise import Noise
 from rlhub.scoring import micro_batch_log_probs
 from rlhub.types import Batch, Receipt, Views
 from workers.sync import buckets_of, receipt_of
+from workers.transports.collective import GroupMember, free_address, send_state
 
 
-class Learner:
+class Learner(GroupMember):
     """One rank of the learners.
 
     Args:
@@ -60,16 +60,14 @@ class Learner:
 
     def rendezvous(self) -> str:
         """`host:port` on this machine at which the learners can meet; asked of rank 0."""
-        host = socket.gethostbyname(socket.gethostname())
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"{host}:{probe.getsockname()[1]}"
+        return free_address()
 
     def join(self, address: str) -> None:
         """Enter the learners' process group; every rank must call this."""
         host, port = address.rsplit(":", 1)
         # DeepSpeed reads these even when the group exists already; Ray narrows the visible devices, so each rank's device is number 0.
-        os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.num_learners), "LOCAL_RANK": "0", "MASTER_ADDR": host, "MASTER_PORT": port}
+        os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.num_learners), "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
             init_method=f"tcp://{address}",
@@ -177,6 +175,11 @@ class Learner:
         """Yield the weights as flat byte buckets; the other ranks run `gather_only` meanwhile."""
         with self.backend.full_parameters():
             yield from buckets_of(self.network.state_dict(), bucket_bytes)
+
+    def broadcast(self, bucket_bytes: int) -> None:
+        """Send the weights to the other members of the weight group; the other ranks run `gather_only` meanwhile."""
+        with self.backend.full_parameters():
+            send_state(self.member, self.network.state_dict(), bucket_bytes)
 
     def gather_only(self, bucket_bytes: int) -> None:
         """Take part in the gathering of ZeRO-3 parameters, which is collective, without publishing."""

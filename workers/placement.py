@@ -35,7 +35,8 @@ class Crew:
     def learn(self, method: str, *args: Any) -> Any:
         """Call a method on every learner at once; the result of rank 0."""
         futures = [self.runtime.submit(learner, method, *args) for learner in self.learners]
-        return [self.runtime.get(future) for future in futures][0]
+        results = [self.runtime.get(future) for future in futures]
+        return results[0]
 
     def publish(self, version: int) -> Receipt:
         """Give every generator the learners' weights as `version` and compare receipts.

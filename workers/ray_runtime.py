@@ -91,9 +91,10 @@ class RayRuntime:
         if not ready:
             have = ray.cluster_resources()
             self.close()
+            cpus, gpus = (sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU"))
             raise RecipeError(
-                f"the roles ask for {sum(b['CPU'] for b in bundles):g} CPUs and {sum(b.get('GPU', 0) for b in bundles):g} GPUs, the cluster has "
-                f"{have.get('CPU', 0):g} and {have.get('GPU', 0):g}; lower roles.* or add nodes"
+                f"the roles ask for {cpus:g} CPUs and {gpus:g} GPUs, the cluster has {have.get('CPU', 0):g} and {have.get('GPU', 0):g}; "
+                "lower roles.* or add nodes"
             )
         self.spawned = 0
 

@@ -283,16 +283,21 @@ def test_network_equals_oracle(shape):
     torch.testing.assert_close(model.head(equal, torch.arange(14)), expected_equal, atol=1e-5, rtol=1e-5)
 
 
-def test_packing_changes_no_bit():
-    """fp32 rows are bit-equal whatever they are packed with, and with or without gradient."""
-    model = network()
+@pytest.mark.parametrize("sizes", [(9, 9, 9, 9), (5, 11, 8, 1)], ids=["equal", "ragged"])
+def test_packing_hardly_matters(sizes):
+    """Rows of one length are bit-equal to rows alone, ragged ones equal but for rounding; a gradient changes no bit."""
     random = np.random.default_rng(1)
-    rows = [torch.from_numpy(random.integers(0, VOCAB, size)) for size in (5, 11, 8)]
-    together = model.head(model.denoise(torch.cat(rows), pack_layout([5, 11, 8])), torch.arange(24)).split([5, 11, 8])
-    for row, packed in zip(rows, together, strict=True):
-        with torch.no_grad():
-            alone = model.head(model.denoise(row, pack_layout([len(row)])), torch.arange(len(row)))
-        assert (alone - packed).abs().max() < 1e-5
+    rows = [torch.from_numpy(random.integers(0, VOCAB, size)) for size in sizes]
+
+    def logits(*rows: torch.Tensor) -> torch.Tensor:
+        tokens = torch.cat(rows)
+        return network().head(network().denoise(tokens, pack_layout([len(row) for row in rows])), torch.arange(len(tokens)))
+
+    packed = logits(*rows)
+    with torch.no_grad():
+        assert torch.equal(packed, logits(*rows))
+        alone = torch.cat([logits(row) for row in rows])
+    assert (packed - alone).abs().max() <= (0 if len(set(sizes)) == 1 else 5e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------- likelihoods

@@ -44,7 +44,9 @@ class Backend:
         self.scheduler.load_state_dict(state["scheduler"])
 
 
-def adamw(network: torch.nn.Module, config: OptimizerConfig, total_steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+def adamw(
+    network: torch.nn.Module, config: OptimizerConfig, total_steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW and its schedule over `total_steps` optimizer steps."""
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True

@@ -1,0 +1,29 @@
+"""rlhub: reinforcement-learning post-training for diffusion large language models.
+
+Example:
+    >>> import rlhub
+    >>> model = rlhub.load_model("runs/sort")                               # doctest: +SKIP
+    >>> rlhub.generate(model, ["3 1 2"], length=4, steps=4, block_length=4)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhub.api import Estimate, Model, generate, load_model, log_likelihood, train
+
+__all__ = ["Estimate", "Model", "generate", "load_model", "log_likelihood", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public functions on first use, since PyTorch takes seconds to import."""
+    if name not in __all__:
+        raise AttributeError(f"module 'rlhub' has no attribute {name!r}")
+    from rlhub import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

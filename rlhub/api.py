@@ -1,0 +1,240 @@
+"""rlhub from Python, for notebooks and tests: load a model, generate, score, train. Exported by `rlhub`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhub.batching import Row, build_views, pack_layout
+from rlhub.checkpoint import load_network, resolve_model_path
+from rlhub.config import SamplerConfig, load_recipe
+from rlhub.errors import UserError
+from rlhub.likelihoods import sequence_draws
+from rlhub.noise import Noise
+from rlhub.parts import load_part
+from rlhub.scoring import to_device, token_log_probs
+from rlhub.tokenizers import encode_prompts, load_tokenizer
+from rlhub.types import Batch, Credit, Request, Rollout, Views
+
+Prompt = str | list[dict[str, str]] | Sequence[int] | np.ndarray  # text, chat messages, or token ids
+
+LIKELIHOOD_VIEWS = ("elbo", "coupled", "exact")
+EXACT_TOKENS = 12  # 2^12 - 1 masks
+TOKENS_AT_ONCE = 4096  # rows are scored in groups of about this many tokens
+
+
+class Model:
+    """A network with its tokenizer, which is read when first asked for: token ids work without one."""
+
+    def __init__(self, network: torch.nn.Module, path: Path, device: torch.device | str = "cpu") -> None:
+        self.network, self.path, self.device = network.to(device), path, torch.device(device)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer saved with the model.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        return load_tokenizer(str(self.path))
+
+    @property
+    def mask_id(self) -> int:
+        return self.network.mask_id
+
+    @property
+    def eos_id(self) -> int:
+        return self.network.eos_id
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor | np.ndarray | Sequence[Sequence[int]]) -> Tensor:
+        """Token ids [B, L] -> logits [B, L, V]; position i scores token i for every family."""
+        tokens = torch.as_tensor(tokens, device=self.device)
+        rows, length = tokens.shape
+        hidden = self.network.denoise(tokens.flatten(), to_device(pack_layout([length] * rows), self.device))
+        return self.network.head(hidden, torch.arange(rows * length, device=self.device)).view(rows, length, -1)
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> Model:
+    """The model in a folder of its family's Hugging Face layout, of a checkpoint, or the newest one of a run.
+
+    Raises:
+        CheckpointError: nothing there can be loaded.
+
+    Example:
+        >>> model = load_model("runs/sort")                                       # doctest: +SKIP
+        >>> model.logits([[5, 3, model.mask_id]]).shape                           # doctest: +SKIP
+        torch.Size([1, 3, 32])
+    """
+    folder = resolve_model_path(Path(path))
+    return Model(load_network(folder), folder, device)
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Prompt],
+    sampler: str = "low_confidence",
+    length: int = 128,
+    steps: int = 64,
+    block_length: int = 32,
+    temperature: float = 0.0,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Rollout]:
+    """One completion per prompt; `completion_ids` holds its tokens.
+
+    The completion of prompt i depends on the weights, the prompt, i, the settings and the seed, not on the other prompts.
+
+    Args:
+        prompts: texts, chats, or arrays of token ids, in any mixture.
+        length: tokens of the canvas; a multiple of `block_length`.
+        steps: denoising steps over the whole canvas; a multiple of the number of blocks.
+        progress: show a bar.
+
+    Raises:
+        ValueError: the settings do not fit together or a prompt is too long.
+    """
+    from workers.engines.torch_engine import TorchEngine
+
+    if isinstance(prompts, str):
+        raise UserError("prompts is one text; give a list of prompts")
+    settings = SamplerConfig(name=sampler, length=length, steps=steps, block_length=block_length, temperature=temperature)
+    requests = [Request(uid=row, group_uid=row, prompt_ids=ids) for row, ids in enumerate(_prompt_ids(model, prompts))]
+    engine, noise = TorchEngine(model.network, model.device), Noise(seed)
+    if not progress:
+        return engine.generate(requests, settings, noise)
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task("generate", total=steps * math.ceil(len(requests) / engine.max_rows))
+        return engine.generate(requests, settings, noise, on_step=lambda: bar.advance(task))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The evidence lower bound of log p(completion | prompt), estimated from draws or exact.
+
+    Attributes:
+        value: nats, summed over the completion's tokens.
+        standard_error: of `value`, nats; 0 when exact, NaN from a single draw.
+        length: tokens of the completion.
+        draws: float64 [K], the single estimates; one when exact.
+    """
+
+    value: float
+    standard_error: float
+    length: int
+    draws: np.ndarray
+
+
+def log_likelihood(
+    model: Model, prompt: Prompt, completion: str | Sequence[int] | np.ndarray, views: str = "elbo", draws: int = 128, seed: int = 0
+) -> Estimate:
+    """How likely the model finds a completion: its evidence lower bound (LLaDA, arXiv 2502.09992, Eq. 6), in nats.
+
+    Args:
+        completion: text, or token ids; nothing is added, so an EOS that should count must be in it.
+        views: `elbo` (one forward a draw), `coupled` (a mask and its complement, two forwards a draw, lower variance), or `exact`
+            (all 2^L - 1 masks, for completions of at most 12 tokens).
+
+    Raises:
+        ValueError: the views are unknown, the completion is empty, too long, or holds the mask token.
+    """
+    if views not in LIKELIHOOD_VIEWS:
+        raise UserError(f"views must be one of {', '.join(LIKELIHOOD_VIEWS)}, got {views!r}")
+    if draws < 1:
+        raise UserError(f"draws must be at least 1, got {draws}")
+    (prompt_ids,) = _prompt_ids(model, [prompt])
+    ids = _completion_ids(model, completion)
+    if len(prompt_ids) + len(ids) > model.network.max_length:
+        raise UserError(f"{len(prompt_ids)} prompt and {len(ids)} completion tokens exceed the model's context of {model.network.max_length}")
+    if views == "exact" and len(ids) > EXACT_TOKENS:
+        raise UserError(f"exact takes all 2^L masks and stops at {EXACT_TOKENS} tokens, the completion has {len(ids)}; use views='elbo'")
+    batch = _one_sample(model, prompt_ids, ids)
+    if views == "exact":
+        rows = _all_masks(batch)
+    else:
+        part = load_part("views", views)
+        credit = Credit(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool))
+        rows = part.make(batch, credit, part.Config(draws=draws), Noise(seed).stream("views"), 0)
+    log_prob = token_log_probs(model.network, rows, TOKENS_AT_ONCE, model.device)
+    estimates = sequence_draws(log_prob.double(), rows)[0].numpy()
+    error = 0.0 if views == "exact" else float(estimates.std(ddof=1) / math.sqrt(draws)) if draws > 1 else math.nan
+    return Estimate(float(estimates.mean()), error, len(ids), estimates)
+
+
+def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Train as `rlhub train` does; returns the run folder.
+
+    Raises:
+        RecipeError: the recipe cannot be used as written.
+
+    Example:
+        >>> train("recipes/sort.yaml", overrides=["run.steps=10"])                # doctest: +SKIP
+    """
+    from rlhub.run import train as run_recipe
+
+    return run_recipe(load_recipe(recipe_path, overrides))
+
+
+def _prompt_ids(model: Model, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+    """int32 [Lp] of each prompt; text and chats go through the tokenizer together."""
+    worded = [prompt for prompt in prompts if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], dict))]
+    encoded = iter(encode_prompts(model.tokenizer, worded) if worded else [])
+    return [next(encoded) if any(prompt is word for word in worded) else _checked_ids(model, prompt, "prompt") for prompt in prompts]
+
+
+def _completion_ids(model: Model, completion: str | Sequence[int] | np.ndarray) -> np.ndarray:
+    if isinstance(completion, str):
+        completion = model.tokenizer(completion, add_special_tokens=False)["input_ids"]
+    ids = _checked_ids(model, completion, "completion")
+    if not len(ids):
+        raise UserError("the completion has no tokens")
+    if (ids == model.mask_id).any():
+        raise UserError(f"the completion holds the mask token {model.mask_id}, which no model predicts; score finished completions only")
+    return ids
+
+
+def _checked_ids(model: Model, ids: Sequence[int] | np.ndarray, what: str) -> np.ndarray:
+    array = np.asarray(ids)
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise UserError(f"a {what} is text, chat messages or a row of token ids, got {ids!r:.80}")
+    if array.size and not 0 <= array.min() <= array.max() < model.network.vocab_size:
+        raise UserError(f"the {what} has token ids from {array.min()} to {array.max()}, the vocabulary ends at {model.network.vocab_size - 1}")
+    return array.astype(np.int32)
+
+
+def _one_sample(model: Model, prompt_ids: np.ndarray, ids: np.ndarray) -> Batch:
+    length = np.array([len(ids)])
+    first = np.zeros(1, dtype=np.int64)
+    return Batch(
+        uid=first.astype(np.uint64),
+        group=first,
+        prompts=[prompt_ids],
+        completions=[ids],
+        length=length,
+        span=length,
+        rewards=np.zeros((1, 1)),
+        member=first,
+        mask_id=model.mask_id,
+    )
+
+
+def _all_masks(batch: Batch) -> Views:
+    """Every non-empty mask S with its weight in the ELBO, (|S| - 1)! (L - |S|)! / L!."""
+    length = int(batch.span[0])
+    rows = []
+    for bits in itertools.islice(itertools.product((False, True), repeat=length), 1, None):
+        size = sum(bits)
+        weight = 1 / (size * math.comb(length, size))
+        rows.append(Row(0, 0, np.array(bits), weight))
+    return build_views(batch, rows, num_draws=1)
