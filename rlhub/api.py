@@ -21,6 +21,7 @@ from rlhub.errors import UserError
 from rlhub.likelihoods import sequence_draws
 from rlhub.noise import Noise
 from rlhub.parts import load_part
+from rlhub.progress import RunProgress
 from rlhub.scoring import to_device, token_log_probs
 from rlhub.tokenizers import encode_prompts, load_tokenizer
 from rlhub.types import Batch, Credit, Request, Rollout, Views
@@ -109,14 +110,11 @@ def generate(
         raise UserError("prompts is one text; give a list of prompts")
     settings = SamplerConfig(name=sampler, length=length, steps=steps, block_length=block_length, temperature=temperature)
     requests = [Request(uid=row, group_uid=row, prompt_ids=ids) for row, ids in enumerate(_prompt_ids(model, prompts))]
-    engine, noise = TorchEngine(model.network, model.device), Noise(seed)
-    if not progress:
-        return engine.generate(requests, settings, noise)
-    from rich.progress import Progress
-
-    with Progress(transient=True) as bar:
-        task = bar.add_task("generate", total=steps * math.ceil(len(requests) / engine.max_rows))
-        return engine.generate(requests, settings, noise, on_step=lambda: bar.advance(task))
+    engine = TorchEngine(model.network, model.device)
+    done = itertools.count(1)
+    with RunProgress(enabled=progress) as bar:
+        bar.phase("generate", total=steps * math.ceil(len(requests) / engine.max_rows))
+        return engine.generate(requests, settings, Noise(seed), on_step=lambda: bar.update(next(done)))
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def log_likelihood(
     (prompt_ids,) = _prompt_ids(model, [prompt])
     ids = _completion_ids(model, completion)
     if len(prompt_ids) + len(ids) > model.network.max_length:
-        raise UserError(f"{len(prompt_ids)} prompt and {len(ids)} completion tokens exceed the model's context of {model.network.max_length}")
+        raise UserError(f"{len(prompt_ids)} + {len(ids)} prompt and completion tokens, the model's context is {model.network.max_length}")
     if views == "exact" and len(ids) > EXACT_TOKENS:
         raise UserError(f"exact takes all 2^L masks and stops at {EXACT_TOKENS} tokens, the completion has {len(ids)}; use views='elbo'")
     batch = _one_sample(model, prompt_ids, ids)
@@ -188,9 +186,9 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
 
 def _prompt_ids(model: Model, prompts: Sequence[Prompt]) -> list[np.ndarray]:
     """int32 [Lp] of each prompt; text and chats go through the tokenizer together."""
-    worded = [prompt for prompt in prompts if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], dict))]
-    encoded = iter(encode_prompts(model.tokenizer, worded) if worded else [])
-    return [next(encoded) if any(prompt is word for word in worded) else _checked_ids(model, prompt, "prompt") for prompt in prompts]
+    worded = [isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict)) for prompt in prompts]
+    encoded = iter(encode_prompts(model.tokenizer, list(itertools.compress(prompts, worded))) if any(worded) else [])
+    return [next(encoded) if is_text else _checked_ids(model, prompt, "prompt") for prompt, is_text in zip(prompts, worded, strict=True)]
 
 
 def _completion_ids(model: Model, completion: str | Sequence[int] | np.ndarray) -> np.ndarray:
@@ -209,7 +207,7 @@ def _checked_ids(model: Model, ids: Sequence[int] | np.ndarray, what: str) -> np
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise UserError(f"a {what} is text, chat messages or a row of token ids, got {ids!r:.80}")
     if array.size and not 0 <= array.min() <= array.max() < model.network.vocab_size:
-        raise UserError(f"the {what} has token ids from {array.min()} to {array.max()}, the vocabulary ends at {model.network.vocab_size - 1}")
+        raise UserError(f"the {what} has token ids {array.min()} to {array.max()}, the vocabulary has 0 to {model.network.vocab_size - 1}")
     return array.astype(np.int32)
 
 

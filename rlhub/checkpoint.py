@@ -72,7 +72,9 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     index = path / "model.safetensors.index.json"
     files = [path / "model.safetensors"]
     if index.exists():
-        weight_map = _read_json(index, "the weight index is damaged")["weight_map"]
+        weight_map = _read_json(index, "the weight index is damaged").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"the weight index {index} has no weight_map; download it again")
         files = [path / name for name in sorted(set(weight_map.values()))]
     state: dict[str, torch.Tensor] = {}
     for file in files:
@@ -189,6 +191,10 @@ def _read_json(path: Path, meaning: str) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"no {path}; {meaning}")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON (line {error.lineno}); {meaning}") from None
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise CheckpointError(f"{path} is not valid JSON{where}; {meaning}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object; {meaning}")
+    return content

@@ -178,6 +178,22 @@ def report(runs: tuple[Path, ...]) -> None:
     click.echo(write_report(list(runs)))
 
 
+@main.command()
+@click.argument("path", metavar="EXPERIMENT", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the runs; runs/<name of the file> by default.")
+def experiment(path: Path, output: Path | None) -> None:
+    """Run the arms and seeds of EXPERIMENT and compare them in one table, one plot and one report. Continues where it was stopped.
+
+    \b
+    Examples:
+      rlhub experiment recipes/experiments/quickstart.yaml
+      rlhub experiment recipes/ablation_espo.yaml --output runs/ablation
+    """
+    from rlhub.experiment import run_experiment
+
+    click.echo(run_experiment(path, output))
+
+
 def split_prompt(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """The prompt, if there is one, and the overrides.
 

@@ -309,8 +309,14 @@ def _file_layers(path: Path, parents: list[Path], seen: set[Path], origin: str =
     here = layer.origins.get("extends", "")
     if not isinstance(extends, list) or not all(isinstance(name, str) for name in extends):
         raise RecipeError(f"{here}: extends: expected a file name or a list of them, got {show(extends)}")
+    before = set(seen)
     for name in extends:
-        yield from _file_layers(Path(os.path.normpath(path.parent / name)), [*parents, path], seen, here)
+        file = Path(os.path.normpath(path.parent / name))
+        if file.resolve() in seen - before:
+            raise RecipeError(
+                f"{here}: extends: {name!r} was merged by a file before it and would change nothing; put it first or remove it"
+            )
+        yield from _file_layers(file, [*parents, path], seen, here)
     yield _Layer(list(values.items()), layer.origins)
 
 
@@ -541,6 +547,10 @@ def _check_layout(recipe: Recipe) -> None:
             f"{learner.micro_batch_tokens} cannot hold one row: the canvas alone has {recipe.sampler.length} tokens; "
             f"use at least {recipe.sampler.length} plus the longest prompt",
             "learner.micro_batch_tokens",
+        )
+    if recipe.run.runtime == "ray" and recipe.weights.transport == "nccl" and not (roles.gpus_per_learner and roles.gpus_per_generator):
+        raise KeyedError(
+            "nccl needs a GPU for each learner and generator; use gloo or object_store, or set roles.gpus_per_*", "weights.transport"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,10 +48,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # AutoTokenizer would consult config.json, whose model types transformers does not know.
+    loader = PreTrainedTokenizerFast if (Path(path) / "tokenizer.json").exists() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return loader.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"no tokenizer in {path}: save one there with the checkpoint, e.g. tokenizer.json ({reason})") from error

@@ -2,7 +2,7 @@
 
 By Jensen it is never below the ELBO of the same weights. It bounds log p from above when the model's conditionals agree with one joint
 law, and for any model when beta >= L (Hoelder); otherwise the paper's theorem holds up to a constant that does not depend on the model.
-The log of a mean over few draws is itself biased downwards.
+All of this is about the mean over all masks: the log of a mean over few draws is biased downwards and can fall below their ELBO.
 """
 
 from __future__ import annotations

@@ -44,12 +44,18 @@ class Config:
     include_qkv_bias: bool = False
     init_std: float = 0.02
 
+    def __post_init__(self) -> None:
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(f"d_model={self.d_model} must be a multiple of 2 * n_heads={self.n_heads}: rotary embedding pairs dimensions")
+        if self.n_heads % self.num_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
+
     @classmethod
     def from_published(cls, config: dict[str, Any]) -> Config:
         """Read a published config.json; layouts that this code does not compute are refused.
 
         Raises:
-            CheckpointError: the config asks for another block type, norm, activation, ALiBi, biases or QK norm.
+            CheckpointError: the config asks for another block type, norm, activation, ALiBi, biases or QK norm, or makes no network.
         """
         expected = {
             "block_type": "llama",
@@ -62,12 +68,23 @@ class Config:
             "attention_layer_norm": False,
             "input_emb_norm": False,
             "scale_logits": False,
+            "rope_full_precision": True,
+            "block_group_size": 1,
+            "multi_query_attention": None,
+            "clip_qkv": None,
         }
         for key, value in expected.items():
             if config.get(key, value) != value:
                 raise CheckpointError(f"LLaDA config has {key}={config[key]!r}; only {value!r} is supported")
-        known = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in config.items() if key in known})
+        types = {"int": int, "int | None": int | None, "float": int | float, "bool": bool}
+        known = {f.name: f.type for f in fields(cls) if f.name in config}
+        for key, kind in known.items():
+            if not isinstance(config[key], types[kind]):
+                raise CheckpointError(f"LLaDA config has {key}={config[key]!r}; expected {kind}")
+        try:
+            return cls(**{key: config[key] for key in known})
+        except ValueError as error:
+            raise CheckpointError(f"LLaDA config has {error}") from None
 
     @property
     def num_embeddings(self) -> int:

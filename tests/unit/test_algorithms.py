@@ -233,3 +233,19 @@ def test_views_do_not_depend_on_the_batch_they_are_cut_from(setting):
     first = int((views.sample < 5).sum())
     assert own.tokens.tolist() == views.tokens[offsets[first] : offsets[first + own.num_rows]].tolist()
     assert own.score_weight.tolist() == views.score_weight[views.score_sample == 5].tolist()
+
+
+def test_log_probs_of_the_rollout_serve_as_behavior(tmp_path):
+    """Left to right they are the exact ones: recorded under the same weights, every ratio is 1."""
+    algorithm = Algorithm.compose(load_recipe(RECIPES / "justgrpo.yaml", ["algorithm.behavior=rollout"]).algorithm)
+    batch = make_batch(algorithm)
+    credit = algorithm.credit(batch)
+    views = algorithm.make_views(batch, credit, Noise(run_seed=1), update=0)
+    log_prob = log_probs(Tiny(seed=0), views).detach()
+    for row in batch.logp_model:
+        row[:] = np.nan
+    for sample, token, value in zip(views.score_sample.tolist(), views.score_token.tolist(), log_prob.tolist(), strict=True):
+        batch.logp_model[sample][token] = value
+    _, scores, metrics = algorithm.coefficients(LogProbs(log_prob), views, batch, credit)
+    torch.testing.assert_close(scores.behavior.value, scores.policy.value, atol=1e-6, rtol=0)
+    assert metrics["ratio/min"] == pytest.approx(1, abs=1e-5) and metrics["ratio/max"] == pytest.approx(1, abs=1e-5)

@@ -103,6 +103,22 @@ def test_a_shared_base_does_not_undo_what_came_between(write):
     assert load_recipe(path).run.steps == 2
 
 
+def test_a_variant_of_a_base_keeps_what_the_recipe_tuned(write):
+    path = write(
+        "extends: [tuned.yaml, variant.yaml]",
+        base="run: {steps: 1, seed: 1}",
+        tuned="extends: base.yaml\nrun: {steps: 2}",
+        variant="extends: base.yaml\nrun: {seed: 3}",
+    )
+    recipe = load_recipe(path)
+    assert (recipe.run.steps, recipe.run.seed) == (2, 3)
+
+
+def test_a_file_that_could_not_take_effect_is_refused(write):
+    path = write("extends: [one.yaml, base.yaml]", base="run: {steps: 1}", one="extends: base.yaml\nrun: {steps: 2}")
+    assert "recipe.yaml:1: extends: 'base.yaml' was merged by a file before it" in message(path)
+
+
 def test_another_part_drops_the_options_of_the_earlier_one(write):
     base = "algorithm:\n  views: {name: full_mask, prompt_mask: 0.5, draws: 3}\n"
     path = write("extends: base.yaml\nalgorithm: {views: {name: elbo, draws: 4}}\n", base=base)
@@ -207,6 +223,7 @@ def test_mistakes_in_a_file_name_their_place(write, text, wanted):
         ("roles.learners=1000 learner.backend=deepspeed", ["1000", "at most 128"]),
         ("run.runtime=local roles.learners=2", ["local", "run.runtime=ray"]),
         ("algorithm.reference=frozen algorithm.kl.coefficient=1 roles.scorers=0", ["roles.scorers", "at least 1"]),
+        ("weights.transport=nccl", ["nccl", "gloo"]),
         ("run.trackers=[tensorbord]", ["'tensorbord'", "tensorboard"]),
         ("weights.transport=object_stor", ["'object_stor'", "object_store"]),
         ("model.path=no/such/model", ["'no/such/model'", "model.path"]),
