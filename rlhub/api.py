@@ -16,12 +16,13 @@ from torch import Tensor
 
 from rlhub.batching import Row, build_views, pack_layout
 from rlhub.checkpoint import load_network, resolve_model_path
-from rlhub.config import SamplerConfig, load_recipe
+from rlhub.config import SamplerConfig
 from rlhub.errors import UserError
 from rlhub.likelihoods import sequence_draws
 from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.progress import RunProgress
+from rlhub.recipe import load_recipe
 from rlhub.scoring import to_device, token_log_probs
 from rlhub.tokenizers import encode_prompts, load_tokenizer
 from rlhub.types import Batch, Credit, Request, Rollout, Views

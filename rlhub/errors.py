@@ -23,3 +23,7 @@ class SyncError(RuntimeError):
 
 class WorkerLost(RuntimeError):
     """A worker died or stopped answering."""
+
+
+class WorkerHung(WorkerLost):
+    """A worker passed the deadline of its work and was ended."""

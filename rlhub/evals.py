@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from rlhub.config import Recipe, load_recipe, validate
+from rlhub.config import Recipe
 from rlhub.data import Task, load_task
 from rlhub.errors import RecipeError
 from rlhub.pipeline import EVAL, evaluation_settings, generate, grade, issue
+from rlhub.recipe import load_recipe, validate
 
 PIECE = 512  # problems issued at once
 

@@ -32,10 +32,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from rlhub.config import load_recipe
 from rlhub.errors import RecipeError
 from rlhub.metrics import Summary, read_metrics, replace_text, summarize
 from rlhub.plots import PANELS, Group, draw_panel
+from rlhub.recipe import load_recipe
 from rlhub.report import write_report
 
 BASE = "base"

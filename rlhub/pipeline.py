@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from rlhub.config import Recipe, SamplerConfig
 from rlhub.data import Task
+from rlhub.errors import DataError, WorkerHung, WorkerLost
 from rlhub.noise import Noise, sample_uid
 from rlhub.tokenizers import decode, encode_prompts
 from rlhub.types import NEVER, Batch, Example, Request, RewardResult, Rollout
@@ -48,17 +50,33 @@ def generate(crew: Any, issued: Issued, settings: SamplerConfig) -> list[Rollout
 
 
 def grade(crew: Any, issued: Issued, rollouts: Sequence[Rollout], tokenizer: Any, batch_size: int) -> tuple[list[Rollout], list[str]]:
-    """The rollouts with their grades, and their texts. A batch whose grader keeps hanging or dying gets that status, not a zero."""
+    """The rollouts with their grades, and their texts.
+
+    A batch whose reward worker keeps dying or hanging is graded one by one, so that this status stands only at the completions that
+    are to blame, and never as a zero.
+    """
     texts = [decode(tokenizer, rollout.completion_ids) for rollout in rollouts]
     items = [(prompt_text(example), text, example.columns) for example, text in zip(issued.examples, texts, strict=True)]
-    pieces = [(items[start : start + batch_size],) for start in range(0, len(items), batch_size)]
+    results: dict[int, RewardResult] = {}
+    waiting = [range(start, min(start + batch_size, len(items))) for start in range(0, len(items), batch_size)]
+    while waiting:
+        batches, waiting = waiting, []
+        give_up = partial(_give_up, [len(batch) for batch in batches])
+        parts = crew.graders.map("grade", [([items[index] for index in batch],) for batch in batches], give_up)
+        for batch, part in zip(batches, parts, strict=True):
+            if part is None:
+                waiting += [range(index, index + 1) for index in batch]
+                continue
+            results.update(zip(batch, part, strict=False))
+            if len(part) < len(batch):  # the worker ran out of time and has graded the first ones
+                waiting.append(batch[len(part) :])
+    return [rollout.graded(results[index]) for index, rollout in enumerate(rollouts)], texts
 
-    def give_up(index: int, error: Exception) -> list[RewardResult]:
-        status = "timeout" if "hung" in str(error) else "crashed"
-        return [RewardResult(float("nan"), status, str(error))] * len(pieces[index][0])
 
-    results = [result for part in crew.graders.map("grade", pieces, give_up=give_up) for result in part]
-    return [rollout.graded(result) for rollout, result in zip(rollouts, results, strict=True)], texts
+def _give_up(sizes: list[int], index: int, error: WorkerLost) -> list[RewardResult] | None:
+    if sizes[index] > 1:
+        return None
+    return [RewardResult(float("nan"), "timeout" if isinstance(error, WorkerHung) else "crashed", str(error))]
 
 
 def shuffle_grades(rollouts: Sequence[Rollout], noise: Noise, step: int) -> list[Rollout]:
@@ -78,20 +96,20 @@ def demonstration_batch(task: Task, tokenizer: Any, recipe: Recipe, step: int) -
     """The supervised batch of one step (1-based): demonstrations followed by EOS up to the canvas length.
 
     Raises:
-        ValueError: a demonstration is missing or longer than the canvas.
+        DataError: a demonstration is missing or longer than the canvas.
     """
     size, canvas = recipe.sft.batch_size, recipe.sampler.length
     first = (step - 1) * size
     examples = [task.example(first + row) for row in range(size)]
     missing = [example.row for example in examples if example.demonstration is None]
     if missing:
-        raise ValueError(f"task {task.name} has no demonstration for row {missing[0]}; supervised training needs one for each")
+        raise DataError(f"task {task.name} has no demonstration for row {missing[0]}; supervised training needs one for each")
     prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
     answers = tokenizer([example.demonstration for example in examples], add_special_tokens=False)["input_ids"]
     completions = []
     for example, answer in zip(examples, answers, strict=True):
         if len(answer) > canvas:
-            raise ValueError(f"demonstration of row {example.row} has {len(answer)} tokens, sampler.length is {canvas}; raise it")
+            raise DataError(f"demonstration of row {example.row} has {len(answer)} tokens, sampler.length is {canvas}; raise it")
         completions.append(np.array(answer + [tokenizer.eos_token_id] * (canvas - len(answer)), dtype=np.int32))
     length = np.array([min(len(answer) + 1, canvas) for answer in answers])
     span = np.full(size, canvas) if recipe.algorithm.length == "canvas" else length

@@ -16,8 +16,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from rlhub.config import ModelConfig, Recipe, dump_recipe
+from rlhub.config import ModelConfig, Recipe
 from rlhub.errors import RecipeError
+from rlhub.recipe import dump_recipe
 
 if TYPE_CHECKING:
     from torch import nn

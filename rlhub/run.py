@@ -12,7 +12,8 @@ from rich.console import Console
 
 from rlhub import controller
 from rlhub.checkpoint import family_of, save_network
-from rlhub.config import Recipe, check_devices, load_recipe, save_recipe, validate
+from rlhub.checks import check_devices
+from rlhub.config import Recipe
 from rlhub.data import load_task, task_tokenizer
 from rlhub.errors import CheckpointError, RecipeError
 from rlhub.evals import evaluation_task
@@ -21,6 +22,7 @@ from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.plan import format_plan, make_plan
 from rlhub.progress import RunProgress, summary_panel
+from rlhub.recipe import load_recipe, save_recipe, validate
 from rlhub.report import write_report
 from rlhub.run_state import Session, StopRequest, last_position
 from rlhub.tokenizers import load_tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,7 @@ class Crew:
 
     def learn(self, method: str, *args: Any) -> Any:
         """Call a method on every learner at once; the result of rank 0."""
-        futures = [self.runtime.submit(learner, method, *args) for learner in self.learners]
-        results = [self.runtime.get(future) for future in futures]
-        return results[0]
+        return gather(self.runtime, [self.runtime.submit(learner, method, *args) for learner in self.learners])[0]
 
     def publish(self, version: int) -> Receipt:
         """Give every generator the learners' weights as `version` and compare receipts.
@@ -48,7 +47,7 @@ class Crew:
         """
         self.version = version
         receipts = self.transport.push(self.generators.handles, version)
-        self.last_receipt = self.runtime.get(self.runtime.submit(self.learners[0], "receipt", version, self.bucket_bytes))
+        self.last_receipt = self.learn("receipt", version, self.bucket_bytes)
         for name, future in receipts.items():
             try:
                 self._check(name, self.runtime.get(future))
@@ -56,19 +55,19 @@ class Crew:
                 continue
         return self.last_receipt
 
-    def refresh(self, generator: Handle) -> None:
-        """Bring one generator up to date."""
-        self._check(generator.name, self.runtime.get(self.transport.refresh(generator, self.version)))
+    def refresh(self, receiver: Handle) -> None:
+        """Bring one generator or scorer up to date."""
+        self._check(receiver.name, self.runtime.get(self.transport.refresh(receiver, self.version)))
 
     def set_reference(self, model_path: str) -> None:
         """Give every scorer the weights of a model folder."""
         for future in [self.runtime.submit(scorer, "load", model_path) for scorer in self.scorers]:
             self.runtime.get(future)
 
-    def copy_reference(self, version: int) -> None:
+    def copy_reference(self) -> None:
         """Give every scorer the weights that were published last."""
         for scorer in self.scorers:
-            self._check(scorer.name, self.runtime.get(self.transport.refresh(scorer, version)))
+            self.refresh(scorer)
 
     def save_reference(self, folder: str) -> None:
         """Write the reference's weights, for references that follow the policy."""
@@ -84,6 +83,16 @@ class Crew:
         difference = self.last_receipt.mismatch(received)
         if difference is not None:
             raise SyncError(f"{name} holds other weights than the learners: {difference}")
+
+
+def gather(runtime: Runtime, futures: Sequence[Any]) -> list[Any]:
+    """All values. The first failure is raised at once, since the other members of a collective may wait for the one that failed."""
+    waiting = list(futures)
+    while waiting:
+        for future in runtime.wait(waiting, timeout=None):
+            runtime.get(future)
+            waiting.remove(future)
+    return [runtime.get(future) for future in futures]
 
 
 def demands(recipe: Recipe) -> dict[str, Resources]:
@@ -116,6 +125,15 @@ def assemble(recipe: Recipe, model_path: Path, log_folder: Path | None = None) -
         every = [wanted[role] for role, count in counts.items() for _ in range(count)]
         runtime = RayRuntime(every, log_folder, dashboard=recipe.run.dashboard)
 
+    try:
+        return _spawn_all(recipe, model_path, runtime, wanted)
+    except BaseException:
+        runtime.close()
+        raise
+
+
+def _spawn_all(recipe: Recipe, model_path: Path, runtime: Runtime, wanted: dict[str, Resources]) -> Crew:
+    roles = recipe.roles
     threads = roles.threads if recipe.run.runtime != "local" else None
     shared = {"dtype": recipe.model.dtype, "threads": threads}
 
@@ -154,19 +172,21 @@ def assemble(recipe: Recipe, model_path: Path, log_folder: Path | None = None) -
         spawn("generator", index, Generator, roles.gpus_per_generator, model_path=str(model_path), run_seed=recipe.run.seed, **shared)
         for index in range(roles.generators)
     ]
-    graders = [spawn("reward", index, RewardWorker, part=recipe.task.reward) for index in range(roles.reward_workers)]
+    deadline = recipe.reward_pool.deadline_seconds
+    graders = [
+        spawn("reward", index, RewardWorker, part=recipe.task.reward, deadline_seconds=deadline) for index in range(roles.reward_workers)
+    ]
+    gather(runtime, [runtime.ping(handle) for handle in (*learners, *scorers, *generators, *graders)])
     if recipe.learner.backend == "deepspeed" or roles.learners > 1:
         address = runtime.get(runtime.submit(learners[0], "rendezvous"))
-        for future in [runtime.submit(learner, "join", address) for learner in learners]:
-            runtime.get(future)
+        gather(runtime, [runtime.submit(learner, "join", address) for learner in learners])
     transport = importlib.import_module(f"workers.transports.{recipe.weights.transport}").Transport(runtime, learners, recipe.weights)
-    deadline = recipe.reward_pool.deadline_seconds if recipe.run.runtime != "local" else None
     crew = Crew(
         runtime,
         learners,
         scorers,
         generators=Pool(runtime, generators),
-        graders=Pool(runtime, graders, deadline=deadline),
+        graders=Pool(runtime, graders, deadline=2 * deadline + 5.0 if recipe.run.runtime == "ray" else None, attempts=2),
         transport=transport,
         bucket_bytes=int(recipe.weights.bucket_megabytes * 2**20),
     )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import placement_group
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhub.errors import RecipeError, WorkerLost
@@ -21,44 +24,73 @@ from workers.runtime import Interval, Resources
 
 
 class Host:
-    """The actor around a worker: builds it, times its calls by its own clock and writes its log file."""
+    """The actor around a worker: builds it, times its calls by its own clock and writes its log file.
+
+    A worker that cannot be built says why in the answer to every call, so that the error arrives as itself.
+    """
 
     def __init__(self, name: str, log_file: str | None, build: Callable[..., Any], kwargs: dict[str, Any]) -> None:
         if log_file is not None:
-            logging.basicConfig(
-                filename=log_file, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-            )
-        logging.getLogger("rlhub").info("%s starts as process %d", name, os.getpid())
-        self.worker = build(**kwargs)
+            _log_to(log_file)
+        self.log = logging.getLogger("rlhub")
+        self.log.info("%s starts as process %d", name, os.getpid())
+        self.error: Exception | None = None
+        try:
+            self.worker = build(**kwargs)
+        except Exception as error:
+            self.log.exception("%s cannot start", name)
+            self.error = error
 
     @ray.method(num_returns=2)
     def call(self, method: str, *args: Any) -> tuple[Any, Interval]:
         started = time.time()
-        try:
-            value = getattr(self.worker, method)(*args)
-        except Exception:
-            logging.getLogger("rlhub").exception("%s failed", method)
-            raise
-        return value, (started, time.time())
+        with self._logged(method):
+            return getattr(self.worker, method)(*args), (started, time.time())
 
     def stream(self, method: str, *args: Any):
-        yield from getattr(self.worker, method)(*args)
+        """The items of a generator method, then the interval that it took."""
+        started = time.time()
+        with self._logged(method):
+            yield from getattr(self.worker, method)(*args)
+        yield started, time.time()
 
     def ping(self) -> int:
         """The process id, which changes when the actor was rebuilt."""
-        return os.getpid()
+        with self._logged("ping"):
+            return os.getpid()
+
+    @contextmanager
+    def _logged(self, method: str) -> Iterator[None]:
+        if self.error is not None:
+            raise self.error
+        try:
+            yield
+        except Exception:
+            self.log.exception("%s failed", method)
+            raise
+
+
+def _log_to(path: str) -> None:
+    """Send log records, and whatever else this process prints, to a file."""
+    logging.basicConfig(filename=path, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    with open(path, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 @dataclass(frozen=True)
 class RayHandle:
     name: str
     actor: Any
+    log_file: str | None
 
 
 @dataclass(frozen=True)
 class RayFuture:
     value: Any
-    name: str
+    handle: RayHandle | None  # whose result it is; None for a value that the controller put
 
 
 @dataclass
@@ -66,37 +98,45 @@ class RayRuntime:
     """Actors on the cluster that `RAY_ADDRESS` names (as in `ray job submit`), or on one started here.
 
     Args:
-        num_workers: workers that will be spawned, and `cpus`, `gpus` what they ask for together: reserved at once, so that a cluster
-            that is too small is an error and not a hang.
+        demands: what each worker that will be spawned asks for, in that order: reserved at once, so that a cluster that is too small
+            is an error and not a hang.
+        log_folder: where each worker writes `<name>.log`; None leaves it to Ray.
+        dashboard: start Ray's dashboard with a cluster of our own.
+        reserve_timeout: seconds to wait for the reservation.
     """
 
     demands: list[Resources]
     log_folder: Path | None = None
     dashboard: bool = False
     reserve_timeout: float = 120.0
-    pending: list[tuple[str, Any]] = field(default_factory=list)
+    handles: list[RayHandle] = field(default_factory=list, init=False)
+    pending: list[tuple[str, Any]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self.owns_cluster = not ray.is_initialized()
-        if self.owns_cluster:
+        self.owns_connection = not ray.is_initialized()
+        if self.owns_connection:
             options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
             if "RAY_ADDRESS" not in os.environ:
+                _choose_token(keep=self.dashboard)
                 # Roles take turns on a small machine, so it may declare more CPUs than it has.
                 wanted = sum(demand.cpus for demand in self.demands)
-                options |= {"num_cpus": max(os.cpu_count() or 1, int(wanted) + 1), "include_dashboard": self.dashboard}
+                cpus = max(os.cpu_count() or 1, int(wanted) + 1)
+                options |= {"address": "local", "num_cpus": cpus, "include_dashboard": self.dashboard}
             ray.init(**options)
         bundles = [{"CPU": demand.cpus} | ({"GPU": demand.gpus} if demand.gpus else {}) for demand in self.demands]
         self.group = placement_group(bundles, strategy="PACK")
-        ready, _ = ray.wait([self.group.ready()], timeout=self.reserve_timeout)
-        if not ready:
-            have = ray.cluster_resources()
+        try:
+            ready, _ = ray.wait([self.group.ready()], timeout=self.reserve_timeout)
+            if not ready:
+                have = ray.cluster_resources()
+                cpus, gpus = (sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU"))
+                raise RecipeError(
+                    f"the roles ask for {cpus:g} CPUs and {gpus:g} GPUs, the cluster has {have.get('CPU', 0):g} and {have.get('GPU', 0):g}; "
+                    "lower roles.* or add nodes"
+                )
+        except BaseException:
             self.close()
-            cpus, gpus = (sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU"))
-            raise RecipeError(
-                f"the roles ask for {cpus:g} CPUs and {gpus:g} GPUs, the cluster has {have.get('CPU', 0):g} and {have.get('GPU', 0):g}; "
-                "lower roles.* or add nodes"
-            )
-        self.spawned = 0
+            raise
 
     def spawn(self, name: str, build: Callable[..., Any], resources: Resources, **kwargs: Any) -> RayHandle:
         host = type(build.__name__, (Host,), {"__doc__": build.__doc__})
@@ -104,35 +144,37 @@ class RayRuntime:
         actor = (
             ray.remote(host)
             .options(
-                name=f"{name}-{id(self):x}",
+                name=f"{name}-{secrets.token_hex(4)}",
                 num_cpus=resources.cpus,
                 num_gpus=resources.gpus,
                 max_restarts=resources.restarts,
                 max_task_retries=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.spawned),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=len(self.handles)),
                 runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
             )
             .remote(name, log_file, build, kwargs)
         )
-        self.spawned += 1
-        return RayHandle(name, actor)
+        handle = RayHandle(name, actor, log_file)
+        self.handles.append(handle)
+        return handle
 
     def submit(self, handle: RayHandle, method: str, *args: Any) -> RayFuture:
-        args = [arg.value if isinstance(arg, RayFuture) else arg for arg in args]
-        value, interval = handle.actor.call.remote(method, *args)
+        value, interval = handle.actor.call.remote(method, *_references(args))
         self.pending.append((handle.name, interval))
-        return RayFuture(value, handle.name)
+        return RayFuture(value, handle)
 
     def put(self, value: Any) -> RayFuture:
-        return RayFuture(ray.put(value), "controller")
+        return RayFuture(ray.put(value), None)
 
     def stream(self, handle: RayHandle, method: str, *args: Any) -> list[RayFuture]:
-        args = [arg.value if isinstance(arg, RayFuture) else arg for arg in args]
-        with _translated(handle.name):
-            return [RayFuture(ref, handle.name) for ref in handle.actor.stream.options(num_returns="streaming").remote(method, *args)]
+        with _translated(handle):
+            *items, interval = handle.actor.stream.options(num_returns="streaming").remote(method, *_references(args))
+            ray.get(interval)  # where an error of the method would stand
+        self.pending.append((handle.name, interval))
+        return [RayFuture(item, handle) for item in items]
 
     def get(self, future: RayFuture) -> Any:
-        with _translated(future.name):
+        with _translated(future.handle):
             return ray.get(future.value)
 
     def wait(self, futures: Sequence[RayFuture], timeout: float | None) -> list[RayFuture]:
@@ -140,15 +182,11 @@ class RayRuntime:
         ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=timeout)
         return [by_ref[ref] for ref in ready]
 
+    def ping(self, handle: RayHandle) -> RayFuture:
+        return RayFuture(handle.actor.ping.remote(), handle)
+
     def restart(self, handle: RayHandle) -> None:
         ray.kill(handle.actor, no_restart=False)
-
-    def ping(self, handle: RayHandle, timeout: float = 10.0) -> int | None:
-        """The worker's process id, or None when it does not answer in time."""
-        try:
-            return ray.get(handle.actor.ping.remote(), timeout=timeout)
-        except (RayActorError, GetTimeoutError):
-            return None
 
     def take_intervals(self) -> dict[str, list[Interval]]:
         taken: dict[str, list[Interval]] = defaultdict(list)
@@ -161,24 +199,46 @@ class RayRuntime:
         return taken
 
     def close(self) -> None:
-        if self.owns_cluster and ray.is_initialized():
+        """End the workers and give their resources back, also where the cluster or the connection is not ours."""
+        if not ray.is_initialized():
+            return
+        for handle in self.handles:
+            ray.kill(handle.actor, no_restart=True)
+        self.handles = []
+        remove_placement_group(self.group)
+        if self.owns_connection:
             ray.shutdown()
+
+
+def _choose_token(keep: bool) -> None:
+    """Give a cluster of our own a token that ends with this process.
+
+    Ray turns token authentication on for local clusters and would leave the token in ~/.ray. It still does where somebody must be able
+    to read it (`keep`, for the dashboard), and whatever the user configured stands.
+    """
+    if not keep and not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _references(args: Sequence[Any]) -> list[Any]:
+    return [arg.value if isinstance(arg, RayFuture) else arg for arg in args]
 
 
 class _translated:
     """Turns Ray's errors into ours: a dead worker is WorkerLost, a failed method raises what it raised."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, handle: RayHandle | None) -> None:
+        self.name = "the controller" if handle is None else handle.name
+        self.log = f"; its log is {handle.log_file}" if handle is not None and handle.log_file else ""
 
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, RayTaskError):
-            cause = error.cause
-            if isinstance(cause, RayActorError):
-                raise WorkerLost(f"{self.name} needed a result of a worker that died") from error
-            raise cause from error
+            if isinstance(error.cause, RayActorError | ObjectLostError):
+                raise WorkerLost(f"{self.name} needed a result of a worker that died{self.log}") from error
+            raise error.cause from error
         if isinstance(error, RayError):
-            raise WorkerLost(f"{self.name} died or is being restarted: {str(error).splitlines()[0]}") from error
+            reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+            raise WorkerLost(f"{self.name} died ({reason}){self.log}") from error

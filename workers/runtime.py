@@ -6,6 +6,7 @@ generator method yields. The controller is written against these, so a laptop an
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -51,6 +52,10 @@ class Runtime(Protocol):
 
     def wait(self, futures: Sequence[Any], timeout: float | None) -> list[Any]:
         """The futures that are done, at least one unless the timeout (seconds) passes."""
+        ...
+
+    def ping(self, handle: Handle) -> Any:
+        """A future of the worker's process id; it fails while the worker is being rebuilt."""
         ...
 
     def restart(self, handle: Handle) -> None:
@@ -103,14 +108,19 @@ class LocalRuntime:
         return LocalFuture(value)
 
     def stream(self, handle: LocalHandle, method: str, *args: Any) -> list[Any]:
-        items = getattr(handle.worker, method)(*_resolved(args))
-        return [LocalFuture(item) for item in items]
+        started = time.time()
+        items = [LocalFuture(item) for item in getattr(handle.worker, method)(*_resolved(args))]
+        self.intervals[handle.name].append((started, time.time()))
+        return items
 
     def get(self, future: LocalFuture) -> Any:
         return future.result()
 
     def wait(self, futures: Sequence[LocalFuture], timeout: float | None) -> list[LocalFuture]:
         return list(futures)
+
+    def ping(self, handle: LocalHandle) -> LocalFuture:
+        return LocalFuture(os.getpid())
 
     def restart(self, handle: LocalHandle) -> None:
         raise RuntimeError(f"{handle.name} runs in this process and cannot be restarted")

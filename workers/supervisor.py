@@ -13,13 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhub.errors import WorkerLost
+from rlhub.errors import WorkerHung, WorkerLost
 from workers.generator import StaleWeights
 from workers.runtime import Handle, Runtime
 
 log = logging.getLogger("rlhub")
-
-PATIENCE = 120.0  # seconds that a pool waits for a worker to come back before it gives up
 
 
 @dataclass
@@ -30,6 +28,7 @@ class Pool:
         refresh: brings a worker up to date that refused work with StaleWeights (a rebuilt generator needs the current weights).
         deadline: seconds after which a piece of work counts as hanging and its worker is restarted; None waits for ever.
         attempts: times that one piece of work may be tried.
+        patience: seconds that the pool waits for a worker to come back when it has none left.
     """
 
     runtime: Runtime
@@ -37,20 +36,17 @@ class Pool:
     refresh: Callable[[Handle], None] = lambda handle: None
     deadline: float | None = None
     attempts: int = 3
+    patience: float = 120.0
     num_lost: int = field(default=0, init=False)
+    _back: dict[str, Any] = field(default_factory=dict, init=False)  # the ping that a lost worker has yet to answer
 
     def map(
-        self,
-        method: str,
-        pieces: Sequence[tuple[Any, ...]],
-        on_done: Callable[[int], None] = lambda index: None,
-        give_up: Callable[[int, Exception], Any] | None = None,
+        self, method: str, pieces: Sequence[tuple[Any, ...]], give_up: Callable[[int, WorkerLost], Any] | None = None
     ) -> list[Any]:
         """Results of `method(*piece)` in the order of `pieces`.
 
         Args:
-            on_done: called with the index of each finished piece.
-            give_up: result for a piece that failed `attempts` times; without it the last error is raised.
+            give_up: result for a piece that lost a worker `attempts` times; without it the last loss is raised.
 
         Raises:
             WorkerLost: a piece failed too often, or no worker came back in time.
@@ -58,74 +54,72 @@ class Pool:
         results: list[Any] = [None] * len(pieces)
         waiting = deque(range(len(pieces)))
         tries = [0] * len(pieces)
-        idle = deque(self.handles)
-        retry_at: dict[str, float] = {}
+        idle = deque(handle for handle in self.handles if handle.name not in self._back)
         running: dict[int, tuple[Any, Handle, int, float]] = {}
-        last_success = time.monotonic()
+        alone_since = None  # when the pool had no worker left
 
-        def failed(index: int, error: Exception) -> None:
+        def lost(handle: Handle, index: int, error: WorkerLost) -> None:
+            self._lose(handle, error)
             if tries[index] < self.attempts:
                 waiting.append(index)
             elif give_up is not None:
                 results[index] = give_up(index, error)
-                on_done(index)
             else:
                 raise error
 
         while waiting or running:
-            for _ in range(len(idle)):
-                handle = idle.popleft()
-                if not waiting or retry_at.get(handle.name, 0.0) > time.monotonic():
-                    idle.append(handle)
-                    continue
-                index = waiting.popleft()
+            idle.extend(self._returned(wait=not idle and not running))
+            while idle and waiting:
+                handle, index = idle.popleft(), waiting.popleft()
                 tries[index] += 1
                 future = self.runtime.submit(handle, method, *pieces[index])
                 running[id(future)] = (future, handle, index, time.monotonic())
-            if not running:
-                if time.monotonic() - last_success > PATIENCE:
-                    raise WorkerLost(f"none of {', '.join(h.name for h in self.handles)} came back within {PATIENCE:g} s")
-                time.sleep(0.05)
+            if running:
+                alone_since = None
+            else:
+                alone_since = alone_since or time.monotonic()
+                if time.monotonic() - alone_since > self.patience:
+                    raise WorkerLost(f"none of {', '.join(handle.name for handle in self.handles)} came back within {self.patience:g} s")
                 continue
-            ready = self.runtime.wait([entry[0] for entry in running.values()], timeout=0.5)
-            for future in ready:
+            for future in self.runtime.wait([entry[0] for entry in running.values()], timeout=0.5):
                 _, handle, index, _ = running.pop(id(future))
-                idle.append(handle)
                 try:
                     results[index] = self.runtime.get(future)
+                    idle.append(handle)
                 except StaleWeights:
                     tries[index] -= 1
                     waiting.appendleft(index)
-                    self._refresh(handle, retry_at)
+                    try:
+                        self.refresh(handle)
+                        idle.append(handle)
+                    except WorkerLost as error:
+                        self._lose(handle, error)
                 except WorkerLost as error:
-                    self.num_lost += 1
-                    log.warning("%s lost piece %d: %s", handle.name, index, error)
-                    retry_at[handle.name] = time.monotonic() + 0.5
-                    # A worker that is being rebuilt refuses at once; that says nothing against the piece itself.
-                    if "restarted" in str(error) and time.monotonic() - last_success < PATIENCE:
-                        tries[index] -= 1
-                    failed(index, error)
-                else:
-                    last_success = time.monotonic()
-                    on_done(index)
-            self._end_hanging(running, idle, failed)
+                    lost(handle, index, error)
+            for key, (_, handle, index, started) in list(running.items()):
+                if self.deadline is not None and time.monotonic() - started > self.deadline:
+                    del running[key]
+                    self.runtime.restart(handle)
+                    lost(handle, index, WorkerHung(f"{handle.name} hung for more than {self.deadline:g} s"))
         return results
 
-    def _refresh(self, handle: Handle, retry_at: dict[str, float]) -> None:
-        try:
-            self.refresh(handle)
-        except WorkerLost as error:
-            log.warning("%s was lost while it was brought up to date: %s", handle.name, error)
-            retry_at[handle.name] = time.monotonic() + 0.5
+    def _lose(self, handle: Handle, error: WorkerLost) -> None:
+        self.num_lost += 1
+        log.warning("%s", error)
+        self._back[handle.name] = self.runtime.ping(handle)
 
-    def _end_hanging(self, running: dict, idle: deque, failed: Callable[[int, Exception], None]) -> None:
-        if self.deadline is None:
-            return
-        for key, (_, handle, index, started) in list(running.items()):
-            if time.monotonic() - started > self.deadline:
-                del running[key]
-                self.num_lost += 1
-                log.warning("%s passed the deadline of %g s and is restarted", handle.name, self.deadline)
-                self.runtime.restart(handle)
-                idle.append(handle)
-                failed(index, WorkerLost(f"{handle.name} hung for more than {self.deadline:g} s"))
+    def _returned(self, wait: bool) -> list[Handle]:
+        """Lost workers that answer again; `wait` gives them half a second to do so."""
+        returned = []
+        for handle in self.handles:
+            ping = self._back.get(handle.name)
+            if ping is None or not self.runtime.wait([ping], timeout=0.5 if wait else 0):
+                continue
+            try:
+                self.runtime.get(ping)
+            except WorkerLost:  # still being rebuilt
+                self._back[handle.name] = self.runtime.ping(handle)
+            else:
+                del self._back[handle.name]
+                returned.append(handle)
+        return returned

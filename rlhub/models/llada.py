@@ -62,20 +62,18 @@ class Config:
             "layer_norm_type": "rms",
             "activation_type": "silu",
             "rope": True,
-            "alibi": False,
-            "include_bias": False,
-            "include_qkv_bias": False,
-            "attention_layer_norm": False,
-            "input_emb_norm": False,
-            "scale_logits": False,
             "rope_full_precision": True,
             "block_group_size": 1,
-            "multi_query_attention": None,
-            "clip_qkv": None,
         }
         for key, value in expected.items():
             if config.get(key, value) != value:
                 raise CheckpointError(f"LLaDA config has {key}={config[key]!r}; only {value!r} is supported")
+        for key in (
+            *("alibi", "include_bias", "include_qkv_bias", "attention_layer_norm", "input_emb_norm"),
+            *("scale_logits", "multi_query_attention", "clip_qkv"),
+        ):
+            if config.get(key):
+                raise CheckpointError(f"LLaDA config has {key}={config[key]!r}, which is not supported")
         types = {"int": int, "int | None": int | None, "float": int | float, "bool": bool}
         known = {f.name: f.type for f in fields(cls) if f.name in config}
         for key, kind in known.items():

@@ -29,7 +29,7 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
             masked = noise.subset(span, count, uid=int(batch.uid[sample]), epoch=batch.epoch, update=update, draw=draw)
             for half in (masked, ~masked):
                 if half.any():
-                    rows.append(Row(sample, draw, half, weight=0.5 * span / int(half.sum())))
+                    rows.append(Row(sample, draw, half, weight=0.5 * (span + 1) / int(half.sum())))
     return build_views(batch, rows, config.draws)
 
 

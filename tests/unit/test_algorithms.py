@@ -11,8 +11,8 @@ from torch import nn
 
 from rlhub.algorithm import Algorithm, LogProbs
 from rlhub.batching import MicroBatch, micro_batches, shard_rows, slice_layout
-from rlhub.config import load_recipe
 from rlhub.noise import Noise
+from rlhub.recipe import load_recipe
 from rlhub.scoring import token_log_probs
 from rlhub.types import NEVER, Batch
 

@@ -119,15 +119,18 @@ def test_fresh_weights_depend_on_the_generator_alone():
     ],
 )
 def test_a_layout_that_is_not_computed_is_refused(folder, key, value):
+    """Each of these would load and give other logits, or none."""
     edit_config(folder, **{key: value})
     with pytest.raises(CheckpointError, match=f"{key}={value!r}"):
         load_network(folder)
 
 
-@pytest.mark.parametrize("changes", [{"n_layers": "two"}, {"mlp_hidden_size": None}, {"n_heads": 5}, {"n_heads": 16}, {"n_kv_heads": 3}], ids=str)
-def test_a_config_that_makes_no_network_is_refused(folder, changes):
-    edit_config(folder, **changes)
-    with pytest.raises(CheckpointError, match=next(iter(changes))):
+@pytest.mark.parametrize(
+    ("key", "value"), [("n_layers", "two"), ("mlp_hidden_size", None), ("n_heads", 5), ("n_heads", 16), ("n_kv_heads", 3)]
+)
+def test_a_config_that_makes_no_network_is_refused(folder, key, value):
+    edit_config(folder, **{key: value})
+    with pytest.raises(CheckpointError, match=f"{key}={value!r}"):
         load_network(folder)
 
 

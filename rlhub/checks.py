@@ -1,0 +1,271 @@
+"""What a recipe's types cannot say: names of parts and their options, ranges, choices, and keys that must fit each other."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from rlhub.config import Part, Recipe
+from rlhub.errors import RecipeError
+from rlhub.parts import KeyedError, did_you_mean, load_part, one_line, part_config, part_names, show
+
+# A part: its folder, the key that names it, and the keys that hold its options. Naming another part drops the options set before.
+PARTS = [
+    ("models", "model.family", ["model.config"]),
+    ("data", "task.name", ["task.train", "task.eval"]),
+    ("rewards", "task.reward.name", ["task.reward"]),
+    ("samplers", "sampler.name", ["sampler.options"]),
+    ("advantages", "algorithm.advantage.name", ["algorithm.advantage"]),
+    ("views", "algorithm.views.name", ["algorithm.views"]),
+    ("likelihoods", "algorithm.likelihood.name", ["algorithm.likelihood"]),
+    ("objectives", "algorithm.objective.name", ["algorithm.objective"]),
+]
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Run every check.
+
+    Raises:
+        KeyedError: the first problem, with the key that it concerns.
+    """
+    for check in (_check_choices, _check_ranges, _check_sampler, _check_algorithm, _check_layout, _check_parts):
+        check(recipe)
+
+
+def check_devices(recipe: Recipe) -> None:
+    """Checks that this machine has what training needs: the model's folder and, where roles ask for them, GPUs.
+
+    Raises:
+        RecipeError: something is missing.
+    """
+    if recipe.model.path and not Path(recipe.model.path).is_dir():
+        raise RecipeError(f"model.path: no folder {recipe.model.path!r}; download the checkpoint or set model.path to where it is")
+    asking = [key for key in ("generator", "learner", "scorer") if getattr(recipe.roles, f"gpus_per_{key}") > 0]
+    if not asking or "RAY_ADDRESS" in os.environ:  # on a cluster the GPUs may be on other nodes, and Ray does the check
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        key = f"gpus_per_{asking[0]}"
+        raise RecipeError(f"roles.{key}: asks for {getattr(recipe.roles, key):g} GPUs but this machine has none; set roles.{key}=0")
+
+
+_CHOICES = {
+    "run.runtime": ["ray", "local"],
+    "model.dtype": ["float32", "bfloat16"],
+    "sampler.early_stop": ["fill_eos", "off"],
+    "sampler.eos": ["allow", "last", "never"],
+    "algorithm.kl.kind": ["k1", "k2", "k3"],
+    "algorithm.kl.normalize": ["none", "length"],
+    "algorithm.kl.against": ["reference", "behavior"],
+    "algorithm.length": ["canvas", "response"],
+    "algorithm.fresh_views": ["update", "step", "epoch", "never"],
+    "algorithm.behavior": ["recompute", "rollout", "detach", "none"],
+    "learner.backend": ["deepspeed", "torch"],
+    "learner.optimizer.schedule": ["constant", "linear", "cosine"],
+    "sft.optimizer.schedule": ["constant", "linear", "cosine"],
+}
+_PHASES = ["sft", "online"]
+_PATTERNS = {
+    "algorithm.reference": (r"none|frozen|sync_every:[1-9]\d*", "none, frozen or sync_every:N, for example sync_every:64"),
+    "algorithm.on_invalid": (r"drop_sample|drop_group|value:[-+]?\d*\.?\d+", "drop_sample, drop_group or value:x, for example value:0.0"),
+    "run.name": (r"(?!\.)[^/\\]+", "a folder name without slashes; the folder above it is run.output_dir"),
+}
+_AT_LEAST_ONE = [
+    *(f"run.{key}" for key in ("steps", "eval_every", "checkpoint_every", "keep_checkpoints", "rollouts_every")),
+    "task.eval_rows",
+    *(f"sampler.{key}" for key in ("length", "steps", "block_length")),
+    *(f"algorithm.{key}" for key in ("updates", "prompts_per_step", "completions_per_prompt")),
+    *(f"sft.{key}" for key in ("steps", "batch_size", "draws", "eval_every")),
+    "learner.micro_batch_tokens",
+    *(f"roles.{key}" for key in ("generators", "learners", "reward_workers", "threads")),
+    "reward_pool.batch_size",
+]
+_AT_LEAST_ZERO = [
+    *("run.seed", "sampler.temperature", "algorithm.kl.coefficient", "roles.scorers"),
+    *(f"roles.gpus_per_{role}" for role in ("generator", "learner", "scorer")),
+    *(f"{owner}.optimizer.{key}" for owner in ("learner", "sft") for key in ("weight_decay", "warmup_steps", "final_fraction")),
+]
+_POSITIVE = [
+    *("weights.bucket_megabytes", "weights.timeout_seconds", "reward_pool.deadline_seconds"),
+    *(f"{owner}.optimizer.{key}" for owner in ("learner", "sft") for key in ("learning_rate", "max_grad_norm")),
+]
+_GROUP_ADVANTAGES = [
+    "group_mean",
+    "leave_one_out",
+    "z_score",
+    "softmax",
+    "best_worst",
+    "step_difference",
+]  # compare a completion with others of its prompt
+
+
+def _check_choices(recipe: Recipe) -> None:
+    from rlhub.trackers import TRACKERS
+
+    for key, choices in _CHOICES.items():
+        value = attrgetter(key)(recipe)
+        if value not in choices:
+            raise KeyedError(f"no such choice {value!r}{did_you_mean(value, choices)}", key)
+    for key, (pattern, wanted) in _PATTERNS.items():
+        value = attrgetter(key)(recipe)
+        if not re.fullmatch(pattern, value):
+            raise KeyedError(f"expected {wanted}; got {value!r}", key)
+    for tracker in recipe.run.trackers:
+        if tracker not in TRACKERS:
+            raise KeyedError(f"no such tracker {tracker!r}{did_you_mean(tracker, TRACKERS)}", "run.trackers")
+    phases = recipe.run.phases
+    for phase in phases:
+        if phase not in _PHASES:
+            raise KeyedError(f"no such phase {phase!r}{did_you_mean(phase, _PHASES)}", "run.phases")
+    if not phases or phases != [phase for phase in _PHASES if phase in phases]:
+        raise KeyedError(f"expected [sft], [online] or [sft, online], got {show(phases)}", "run.phases")
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    def require(key: str, fits: bool, wanted: str) -> None:
+        if not fits:
+            raise KeyedError(f"must be {wanted}, got {show(attrgetter(key)(recipe))}", key)
+
+    for key in _AT_LEAST_ONE:
+        require(key, attrgetter(key)(recipe) >= 1, "at least 1")
+    for key in _AT_LEAST_ZERO:
+        require(key, 0 <= attrgetter(key)(recipe) < float("inf"), "0 or more")
+    for key in _POSITIVE:
+        require(key, 0 < attrgetter(key)(recipe) < float("inf"), "above 0")
+    for owner in ("learner", "sft"):
+        optimizer = attrgetter(f"{owner}.optimizer")(recipe)
+        require(f"{owner}.optimizer.betas", all(0 <= beta < 1 for beta in optimizer.betas), "two numbers in [0, 1)")
+        require(f"{owner}.optimizer.final_fraction", optimizer.final_fraction <= 1, "at most 1")
+    fits = [0 <= temperature < float("inf") for temperature in recipe.eval_temperatures]
+    require("eval_temperatures", bool(fits) and all(fits), "a list of numbers, each 0 or more")
+    require("run.seed", recipe.run.seed < 1 << 64, "below 2^64")  # the width of a noise key
+    require("learner.zero_stage", recipe.learner.zero_stage in (0, 1, 2, 3), "0, 1, 2 or 3")
+
+
+def _check_sampler(recipe: Recipe) -> None:
+    sampler = recipe.sampler
+    length, block, steps = sampler.length, sampler.block_length, sampler.steps
+    if length % block:
+        lengths = _nearest(length, lambda value: value % block == 0)
+        blocks = _nearest(block, lambda value: length % value == 0, highest=length)
+        fix = f"use length {lengths}, or block_length {blocks}"
+        raise KeyedError(f"{length} is not a multiple of block_length {block}; {fix}", "sampler.length")
+    blocks = length // block
+    if steps > length:
+        raise KeyedError(f"{steps} steps for a canvas of {length} tokens leave some without a token; use at most {length}", "sampler.steps")
+    if steps % blocks:
+        wanted = _nearest(steps, lambda value: value % blocks == 0, highest=length)
+        raise KeyedError(f"{steps} is not a multiple of the {blocks} blocks (length / block_length); use {wanted}", "sampler.steps")
+
+
+def _check_algorithm(recipe: Recipe) -> None:
+    algorithm, kl = recipe.algorithm, recipe.algorithm.kl
+    advantage = algorithm.advantage.get("name")
+    if algorithm.completions_per_prompt < 2 and advantage in _GROUP_ADVANTAGES:
+        raise KeyedError(f"{advantage} compares completions of one prompt and needs at least 2, got 1", "algorithm.completions_per_prompt")
+    if kl.coefficient > 0 and getattr(algorithm, kl.against) == "none":
+        fix = "algorithm.reference=frozen" if kl.against == "reference" else "algorithm.behavior=recompute"
+        key = "algorithm.kl.coefficient"
+        raise KeyedError(f"{kl.coefficient:g} needs a policy to compare with, but algorithm.{kl.against} is none; set {fix}", key)
+    if algorithm.max_staleness != 0:
+        key = "algorithm.max_staleness"
+        raise KeyedError(f"{algorithm.max_staleness} is not available: every batch is generated by the current weights; use 0", key)
+
+
+def _check_layout(recipe: Recipe) -> None:
+    roles, learner = recipe.roles, recipe.learner
+    sequences = recipe.algorithm.prompts_per_step * recipe.algorithm.completions_per_prompt
+    if recipe.run.runtime == "local" and roles.learners > 1:
+        raise KeyedError(f"run.runtime local is one process, got {roles.learners}; use 1, or run.runtime=ray", "roles.learners")
+    if learner.backend == "torch" and roles.learners > 1:
+        key = "learner.backend"
+        raise KeyedError(f"torch is one process, but roles.learners is {roles.learners}; use deepspeed or roles.learners=1", key)
+    if roles.learners > sequences:
+        raise KeyedError(f"{roles.learners} learners for {sequences} sequences a step; use at most {sequences}", "roles.learners")
+    if learner.micro_batch_tokens < recipe.sampler.length:
+        raise KeyedError(
+            f"{learner.micro_batch_tokens} cannot hold one row: the canvas alone has {recipe.sampler.length} tokens; "
+            f"use at least {recipe.sampler.length} plus the longest prompt",
+            "learner.micro_batch_tokens",
+        )
+    if recipe.run.runtime == "ray" and recipe.weights.transport == "nccl" and not (roles.gpus_per_learner and roles.gpus_per_generator):
+        raise KeyedError(
+            "nccl needs a GPU for each learner and generator; use gloo or object_store, or set roles.gpus_per_*", "weights.transport"
+        )
+
+
+def _check_parts(recipe: Recipe) -> None:
+    transport = recipe.weights.transport
+    if recipe.run.runtime == "ray" and "." not in transport and transport not in (known := part_names("transports")):
+        raise KeyedError(f"no such transport {transport!r}{did_you_mean(transport, known)}", "weights.transport")
+    if recipe.model.path and not Path(recipe.model.path).is_dir() and not recipe.model.config:
+        raise KeyedError(f"no folder {recipe.model.path!r}{_similar_folders(Path(recipe.model.path))}", "model.path")
+    values = asdict(recipe)
+    for folder, name_key, option_keys in PARTS:
+        name, options = _select(values, name_key), {}
+        if folder == "rewards" and isinstance(name, str) and ":" in name:
+            _check_grader_function(recipe.task.reward)
+            continue
+        try:
+            module = load_part(folder, name)
+        except RecipeError as error:
+            raise KeyedError(str(error), name_key) from error
+        for key in option_keys:
+            options |= _select(values, key)  # task.eval adds to task.train
+            try:
+                part_config(module, options)
+            except KeyedError as error:
+                raise KeyedError(error.message, f"{key}.{error.key}".rstrip(".")) from error
+        if folder == "objectives":
+            _check_needs(recipe, vars(module).get("NEEDS", ()))
+
+
+def _check_grader_function(reward: Part) -> None:
+    """A reward given as a function, `module:function` or `file.py:function`."""
+    from rewards import load_grader
+
+    try:
+        load_grader(reward)
+    except Exception as error:  # a user's file may fail in any way while it is imported
+        raise KeyedError(f"{reward['name']!r}: {one_line(error)}", "task.reward.name") from error
+
+
+def _check_needs(recipe: Recipe, needs: Sequence[str]) -> None:
+    """Policies that the objective or the KL compares with must exist, and somebody must score the reference."""
+    algorithm = recipe.algorithm
+    name = algorithm.objective["name"]
+    if "reference" in needs and algorithm.reference == "none":
+        raise KeyedError(f"{name} compares with the reference policy, got none; use frozen or sync_every:N", "algorithm.reference")
+    if "proximal" in needs and algorithm.behavior == "none":
+        raise KeyedError(f"{name} is a ratio to the policy that generated, got none; use recompute", "algorithm.behavior")
+    needs_reference = "reference" in needs or (algorithm.kl.coefficient > 0 and algorithm.kl.against == "reference")
+    if needs_reference and recipe.roles.scorers == 0 and "online" in recipe.run.phases:
+        raise KeyedError("0 scorers, but the objective or the KL needs the reference policy; use at least 1", "roles.scorers")
+
+
+def _select(values: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key of nested mappings; None where a name is missing."""
+    for part in key.split("."):
+        values = values.get(part)  # type: ignore[assignment]
+    return values
+
+
+def _similar_folders(path: Path) -> str:
+    """Names of folders that a missing one may have meant, and the way out."""
+    folders = [folder.name for folder in path.parent.iterdir() if folder.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, folders, n=1, cutoff=0.6)
+    return f"; did you mean {path.parent / near[0]}?" if near else "; set model.path to a downloaded checkpoint, or null for random weights"
+
+
+def _nearest(value: int, fits: Any, highest: int | None = None) -> str:
+    """The nearest fitting numbers below and above, in words."""
+    below = next((number for number in range(value, 0, -1) if fits(number)), None)
+    above = next((number for number in range(value, (highest or 2 * value + 1) + 1) if fits(number)), None)
+    return " or ".join(str(number) for number in dict.fromkeys((below, above)) if number)

@@ -1,0 +1,224 @@
+"""Reading recipes: YAML files, `extends` and overrides, merged into the typed schema of `rlhub.config`.
+
+A recipe is YAML. `extends` names files that are merged first (later files win), `key=value` on the command line wins over all of
+them, and a key or type that the schema does not know is an error that names the file, the line and the nearest key.
+Parts of an algorithm (`{name: ..., options}`) are checked against the `Config` dataclass of the module they name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhub.checks import PARTS, check_recipe
+from rlhub.config import Recipe
+from rlhub.errors import RecipeError
+from rlhub.parts import KeyedError, assign, did_you_mean, flatten, one_line, show
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file after its `extends` files and `key=value` overrides, checked.
+
+    Files are merged in the order of `extends`, then the file itself, then the overrides; a file that is reached twice counts once, at
+    its first place, so that a shared base does not undo what came between.
+
+    Raises:
+        RecipeError: one line with the file and line (or the override), the value and what would be right.
+
+    Example:
+        >>> load_recipe("recipes/sort.yaml", ["run.steps=10"]).run.steps
+        10
+    """
+    layers = [*_file_layers(Path(path), [], set()), _override_layer(overrides)]
+    config = OmegaConf.structured(Recipe)
+    origins: dict[str, str] = {"": str(path)}
+    for layer in layers:
+        origins |= layer.origins
+        try:
+            _drop_replaced_options(config, dict(layer.values))
+            for key, value in layer.values:
+                assign(config, Recipe, key, value)
+        except KeyedError as error:
+            raise _located(error, origins) from error
+    try:
+        recipe = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise _located(KeyedError(f"{one_line(error)}; write a plain value", error.full_key or ""), origins) from error
+    validate(recipe, origins)
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Writes the resolved recipe; `load_recipe` reads it back equal."""
+    Path(path).write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.dump(asdict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=140)
+
+
+def validate(recipe: Recipe, origins: Mapping[str, str] | None = None) -> None:
+    """Checks what types cannot say: names of parts and their options, ranges, choices, and keys that must fit each other.
+
+    Args:
+        origins: where each dotted key was set, for the message.
+
+    Raises:
+        RecipeError: the first problem, in one line.
+    """
+    try:
+        check_recipe(recipe)
+    except KeyedError as error:
+        raise _located(error, origins or {}) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1.2 scalars: `off`, `no` and dates are text, `3e-6` is a number."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read back as text."""
+
+
+_SCALARS = [
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("tag:yaml.org,2002:int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("tag:yaml.org,2002:float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:merge", r"<<", "<"),
+]
+for _style in (_Loader, _Dumper):
+    _style.yaml_implicit_resolvers = {}
+    for _tag, _pattern, _first in _SCALARS:
+        _style.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))  # 1.1 reads 010 as eight
+
+
+@dataclass
+class _Layer:
+    values: list[tuple[str, Any]] = field(default_factory=list)  # dotted keys, in order
+    origins: dict[str, str] = field(default_factory=dict)  # where each key and each section begins
+
+
+def _file_layers(path: Path, parents: list[Path], seen: set[Path], origin: str = "") -> Iterator[_Layer]:
+    """The layers of a file, those that it extends first."""
+    prefix = f"{origin}: " if origin else ""
+    if path.resolve() in [parent.resolve() for parent in parents]:
+        raise RecipeError(f"{prefix}extends: goes in a circle, {' -> '.join(map(str, [*parents, path]))}; remove one of them")
+    if path.resolve() in seen:
+        return
+    seen.add(path.resolve())
+    layer = _read_layer(path, prefix)
+    values = dict(layer.values)
+    extends = values.pop("extends", [])
+    extends = [extends] if isinstance(extends, str) else extends
+    here = layer.origins.get("extends", "")
+    if not isinstance(extends, list) or not all(isinstance(name, str) for name in extends):
+        raise RecipeError(f"{here}: extends: expected a file name or a list of them, got {show(extends)}")
+    before = set(seen)
+    for name in extends:
+        file = Path(os.path.normpath(path.parent / name))
+        if file.resolve() in seen - before:
+            raise RecipeError(
+                f"{here}: extends: {name!r} was merged by a file before it and would change nothing; put it first or remove it"
+            )
+        yield from _file_layers(file, [*parents, path], seen, here)
+    yield _Layer(list(values.items()), layer.origins)
+
+
+def _read_layer(path: Path, prefix: str) -> _Layer:
+    """The keys of one YAML file with their lines."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{prefix}no recipe file {str(path)!r}{_similar_files(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{prefix}cannot read {str(path)!r}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from error
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        layer = _Layer()
+        if root is None:
+            return layer
+        if not isinstance(root, yaml.MappingNode):
+            raise RecipeError(f"{path}:{root.start_mark.line + 1}: a recipe is a mapping (key: value), got {show(root.value)}")
+        _walk(loader, root, "", path, layer)
+        return layer
+    except RecursionError:
+        raise RecipeError(f"{path}: an alias (*name) lies within its own anchor (&name); write the value out") from None
+    except yaml.MarkedYAMLError as error:
+        where = f"{path}:{error.problem_mark.line + 1 if error.problem_mark else 1}"
+        raise RecipeError(f"{where}: not valid YAML: {error.problem or error.context}; check indentation, quotes and brackets") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {one_line(error)}; save it as plain UTF-8 text") from error
+
+
+def _walk(loader: _Loader, node: yaml.MappingNode, prefix: str, path: Path, layer: _Layer) -> None:
+    """Adds the leaves below a mapping to a layer."""
+    for key_node, value_node in node.value:
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise RecipeError(f"{where}: a key must be plain text, got a list or mapping")
+        key = f"{prefix}{key_node.value}"
+        if key in layer.origins:
+            raise RecipeError(f"{where}: {key}: given twice, first at {layer.origins[key]}; keep one")
+        layer.origins[key] = where
+        if isinstance(value_node, yaml.MappingNode) and value_node.value:
+            _walk(loader, value_node, f"{key}.", path, layer)
+        else:
+            layer.values.append((key, loader.construct_object(value_node, deep=True)))
+
+
+def _override_layer(overrides: Sequence[str]) -> _Layer:
+    """The `key=value` arguments; values are YAML."""
+    layer = _Layer()
+    for text in overrides:
+        origin = f"override {text!r}"
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"{origin}: expected key=value, for example run.steps=100")
+        try:
+            parsed = yaml.load(value, _Loader)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{origin}: {value!r} is not a YAML value; quote it or close its brackets") from error
+        leaves = flatten({key.strip(): parsed})
+        layer.values += leaves
+        sections = accumulate(key.strip().split("."), "{}.{}".format)
+        layer.origins |= {leaf: origin for leaf, _ in leaves} | dict.fromkeys(sections, origin)
+    return layer
+
+
+def _drop_replaced_options(config: DictConfig, layer: Mapping[str, Any]) -> None:
+    """Removes the options of parts for which a layer names another part, and the model's shape when it names another checkpoint."""
+    for name_key, option_keys in [*((name_key, option_keys) for _, name_key, option_keys in PARTS), ("model.path", ["model.config"])]:
+        if name_key in layer and layer[name_key] != OmegaConf.select(config, name_key):
+            for key in option_keys:
+                OmegaConf.update(config, key, {}, merge=False)
+
+
+def _located(error: KeyedError, origins: Mapping[str, str]) -> RecipeError:
+    """The error with the place where its key, or the nearest section above it, was set."""
+    key = error.key
+    while key and key not in origins:
+        key = key.rpartition(".")[0]
+    return RecipeError(f"{origins[key]}: {error}" if key in origins else str(error))
+
+
+def _similar_files(path: Path) -> str:
+    """Names of recipes that a missing file may have meant."""
+    if not path.parent.is_dir():
+        return f"; the folder {str(path.parent)!r} does not exist"
+    known = sorted(file.name for file in path.parent.glob("*.y*ml"))
+    near = difflib.get_close_matches(path.name, known, n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else did_you_mean(path.name, known)
