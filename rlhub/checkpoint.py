@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhub.errors import CheckpointError
+from rlhub.parts import one_line
 
 MANIFEST = "manifest.json"
 
@@ -124,7 +125,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing or its hash differs.
     """
-    manifest = _read_json(folder / MANIFEST, "an unsealed checkpoint cannot be used")
+    manifest = _read_json(folder / MANIFEST, f"an unsealed checkpoint cannot be used; delete {folder} to use an older one")
+    if not isinstance(manifest, dict) or not {"phase", "step", "wall_s", "files"} <= set(manifest):
+        raise CheckpointError(f"{folder / MANIFEST} is corrupt; delete {folder} to use an older one")
     for name, facts in manifest["files"].items():
         file = folder / name
         if not file.exists() or file.stat().st_size != facts["bytes"] or _hash_file(file) != facts["blake2b"]:
@@ -133,19 +136,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def sealed_checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders with a manifest, oldest first; unsealed ones are what a killed run left behind."""
-    folders = [file.parent for file in (run / "checkpoints").glob(f"*/{MANIFEST}")]
-    return sorted(folders, key=lambda folder: (folder / MANIFEST).stat().st_mtime_ns)
+    """Checkpoint folders with a manifest in the order of training; unsealed ones are what a killed run left behind."""
+    sealed = [file.parent for file in (run / "checkpoints").glob(f"*step_*/{MANIFEST}")]
+    return sorted(sealed, key=lambda folder: (_phase_of(folder) == "online", int(folder.name.rpartition("_")[2])))
 
 
 def remove_old_checkpoints(run: Path, keep: int) -> None:
     """Delete unsealed folders and all but the newest `keep` sealed ones; the last of an earlier phase stays."""
     sealed = sealed_checkpoints(run)
-    last_of_phase = {json.loads((folder / MANIFEST).read_text())["phase"]: folder for folder in sealed}
+    last_of_phase = {_phase_of(folder): folder for folder in sealed}
     kept = set(sealed[-keep:]) | set(last_of_phase.values())
     for folder in (run / "checkpoints").iterdir():
         if folder.is_dir() and folder not in kept:
             shutil.rmtree(folder)
+
+
+def _phase_of(folder: Path) -> str:
+    return folder.name.rpartition("step_")[0].rstrip("_") or "online"
 
 
 def resolve_model_path(path: Path) -> Path:

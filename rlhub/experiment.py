@@ -138,7 +138,7 @@ def write_results(experiment: Experiment, jobs: list[Job], output: Path, seconds
 
 def _job(experiment: Experiment, recipe: str, output: Path, arm: str, seed: int, options: list[str]) -> Job:
     folder = output / arm / f"seed{seed}"
-    overrides = [*experiment.common, *options, f"run.seed={seed}", f"run.output_dir={output}", f"run.name={arm}/seed{seed}"]
+    overrides = [*experiment.common, *options, f"run.seed={seed}", f"run.output_dir={output / arm}", f"run.name=seed{seed}"]
     if experiment.base and arm != BASE:
         overrides.append(f"model.path={output / BASE / f'seed{seed}'}")
     return Job(arm, seed, recipe, folder, tuple(overrides))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,25 +13,26 @@ import torch
 from rich.console import Console
 
 from rlhub import controller
-from rlhub.checkpoint import family_of, save_network
+from rlhub.checkpoint import family_of, resolve_model_path, save_network, sealed_checkpoints
 from rlhub.checks import check_devices
 from rlhub.config import Recipe
 from rlhub.data import load_task, task_tokenizer
-from rlhub.errors import CheckpointError, RecipeError
+from rlhub.errors import CheckpointError, RecipeError, UserError, WorkerLost
 from rlhub.evals import evaluation_task
-from rlhub.metrics import read_metrics, summarize
+from rlhub.metrics import read_metrics, replace_text, summarize
 from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.plan import format_plan, make_plan
 from rlhub.progress import RunProgress, summary_panel
-from rlhub.recipe import load_recipe, save_recipe, validate
+from rlhub.recipe import dump_recipe, load_recipe, validate
 from rlhub.report import write_report
 from rlhub.run_state import Session, StopRequest, last_position
 from rlhub.tokenizers import load_tokenizer
 from rlhub.trackers import Trackers
 
 PHASES = {"sft": controller.run_sft, "online": controller.run_online}
-MAY_CHANGE = ("run.resume", "run.keep_checkpoints", "run.trackers", "run.dashboard", "about")  # between attempts of one run
+# Between attempts of one run. Its name is that of its folder, which may have been moved.
+MAY_CHANGE = ("run.name", "run.output_dir", "run.resume", "run.keep_checkpoints", "run.trackers", "run.dashboard", "about")
 
 
 def train(recipe: Recipe, console: Console | None = None) -> Path:
@@ -38,7 +41,15 @@ def train(recipe: Recipe, console: Console | None = None) -> Path:
     Raises:
         RecipeError: the recipe cannot run here, or the folder holds another recipe's run.
         CheckpointError: the checkpoint to resume from is corrupt.
+        UserError: a worker that cannot be replaced died; the message names its log.
     """
+    try:
+        return _train(recipe, console)
+    except WorkerLost as error:
+        raise UserError(f"{error}; the same command continues from the last checkpoint") from error
+
+
+def _train(recipe: Recipe, console: Console | None) -> Path:
     validate(recipe)
     check_devices(recipe)
     console = console or Console()
@@ -92,9 +103,12 @@ def _finish(folder: Path, console: Console) -> None:
 
 
 def _open_folder(recipe: Recipe, folder: Path) -> bool:
-    """Make the run folder, or check that it holds a run of this recipe; whether it existed."""
+    """Make the run folder, or check that it holds a run of this recipe; whether it does.
+
+    A folder in which nothing was trained yet, as after a start that failed, is made anew.
+    """
     saved = folder / "config.yaml"
-    if saved.exists():
+    if saved.exists() and (sealed_checkpoints(folder) or read_metrics(folder / "metrics.jsonl")):
         if not recipe.run.resume:
             raise RecipeError(f"{folder} holds a run already and run.resume is false; choose another run.name, nothing was overwritten")
         before, now = (_flat(value) for value in (load_recipe(saved), recipe))
@@ -105,19 +119,18 @@ def _open_folder(recipe: Recipe, folder: Path) -> bool:
                     "choose another run.name, nothing was overwritten"
                 )
         return True
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()) and not saved.exists():
         raise RecipeError(f"{folder} is not empty and holds no run; choose another run.name, nothing was overwritten")
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
     plan = make_plan(recipe)
-    (folder / "plan.txt").write_text(format_plan(plan) + "\n")
-    (folder / "plan.json").write_text(json.dumps(plan.to_dict(), indent=2) + "\n")
-    save_recipe(recipe, saved)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    replace_text(saved, dump_recipe(recipe))
+    replace_text(folder / "plan.txt", format_plan(plan) + "\n")
+    replace_text(folder / "plan.json", json.dumps(plan.to_dict(), indent=2) + "\n")
+    shutil.rmtree(folder / "first_model", ignore_errors=True)
     return False
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
-    import dataclasses
-
     def walk(value: Any, prefix: str) -> dict[str, Any]:
         if isinstance(value, dict) and value:
             return {key: leaf for name, item in value.items() for key, leaf in walk(item, f"{prefix}{name}.").items()}
@@ -129,9 +142,7 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
 def _first_model(recipe: Recipe, folder: Path) -> Path:
     """The model folder that the run starts from; a random model with the task's tokenizer when the recipe names none."""
     if recipe.model.path is not None:
-        from rlhub.checkpoint import resolve_model_path
-
-        return resolve_model_path(Path(recipe.model.path))
+        return resolve_model_path(Path(recipe.model.path).resolve())
     path = folder / "first_model"
     if (path / "config.json").exists():
         return path

@@ -126,7 +126,7 @@ class Session:
         if self.recipe.algorithm.reference.startswith("sync_every:"):
             every = int(self.recipe.algorithm.reference.partition(":")[2])
             if self.needs_reference and step % every == 0:
-                self.crew.copy_reference(self.crew.version)
+                self.crew.copy_reference()
 
     def publish_at(self, phase: str, step: int) -> None:
         """Versions count the steps of all phases, so they grow through a run."""

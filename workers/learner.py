@@ -27,7 +27,7 @@ from rlhub.noise import Noise
 from rlhub.scoring import micro_batch_log_probs
 from rlhub.types import Batch, Receipt, Views
 from workers.sync import buckets_of, receipt_of
-from workers.transports.collective import GroupMember, free_address, send_state
+from workers.transports.collective import GroupMember, open_store, send_state
 
 
 class Learner(GroupMember):
@@ -59,18 +59,21 @@ class Learner(GroupMember):
         self.algorithm: Algorithm | None = None
 
     def rendezvous(self) -> str:
-        """`host:port` on this machine at which the learners can meet; asked of rank 0."""
-        return free_address()
+        """Open the place at which the learners meet, `host:port` on this machine; asked of rank 0."""
+        self.store = open_store(self.num_learners)
+        return f"{self.store.host}:{self.store.port}"
 
     def join(self, address: str) -> None:
         """Enter the learners' process group; every rank must call this."""
         host, port = address.rsplit(":", 1)
+        if self.rank > 0:
+            self.store = dist.TCPStore(host, int(port), self.num_learners, wait_for_workers=False)
         # DeepSpeed reads these even when the group exists already; Ray narrows the visible devices, so each rank's device is number 0.
         os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.num_learners), "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
-            init_method=f"tcp://{address}",
+            store=self.store,
             rank=self.rank,
             world_size=self.num_learners,
             timeout=timedelta(minutes=10),
@@ -85,7 +88,8 @@ class Learner(GroupMember):
         """Start a phase: compose its algorithm and build a fresh optimizer over `total_updates` optimizer steps."""
         self.algorithm = Algorithm.compose(algorithm)
         if model_path is not None:
-            self.network.load_state_dict(load_network(Path(model_path), self.dtype).state_dict())
+            # Not into the old parameters: the engine of the phase before has hooks on them.
+            self.network = load_network(Path(model_path), self.dtype).to(self.device)
         backend = importlib.import_module(f"workers.backends.{self.config.backend}_backend")
         self.backend = backend.Backend(self.network, optimizer, total_updates, self.config)
         self.network = self.backend.network
@@ -129,20 +133,20 @@ class Learner(GroupMember):
         """Accumulate the gradient of one update."""
         first_row, last_row = shard_rows(views, self.num_learners)[self.rank]
         runs = micro_batches(views, self.config.micro_batch_tokens, first_row, last_row)
-        single = len(runs) == 1
+        # Ranks must agree on the number of forward and backward calls; the surplus ones repeat the last run with weight 0.
+        turns = [(runs[min(number, len(runs) - 1)], number < len(runs)) for number in range(self._max_over_ranks(len(runs)))]
+        single = len(turns) == 1
         with torch.set_grad_enabled(single):
-            kept = [micro_batch_log_probs(self.network, views, run, self.device) for run in runs]
-        own = torch.cat([part.detach() for part in kept]).cpu()
+            kept = [(micro_batch_log_probs(self.network, views, run, self.device), counts) for run, counts in turns]
+        own = torch.cat([part.detach() for part, counts in kept if counts]).cpu()
         log_probs = LogProbs(self._gather(own), proximal, reference)
         coefficient, scores, metrics = self.algorithm.coefficients(log_probs, views, batch, credit)
         # DeepSpeed averages over ranks while the loss is already the mean over the global batch.
         coefficient = coefficient.float() * self.num_learners
-        for number in range(self._max_over_ranks(len(runs))):
-            run = runs[min(number, len(runs) - 1)]
-            log_prob = kept[0] if single and number == 0 else micro_batch_log_probs(self.network, views, run, self.device)
+        for run, counts in turns:
+            log_prob = kept[0][0] if single else micro_batch_log_probs(self.network, views, run, self.device)
             part = coefficient[run.first_score : run.last_score].to(self.device)
-            # Ranks must agree on the number of backward calls; the surplus ones carry weight 0.
-            self.backend.backward((log_prob * part).sum() * (1.0 if number < len(runs) else 0.0))
+            self.backend.backward((log_prob * part).sum() * float(counts))
         return scores, metrics
 
     @torch.no_grad()
@@ -177,9 +181,17 @@ class Learner(GroupMember):
             yield from buckets_of(self.network.state_dict(), bucket_bytes)
 
     def broadcast(self, bucket_bytes: int) -> None:
-        """Send the weights to the other members of the weight group; the other ranks run `gather_only` meanwhile."""
-        with self.backend.full_parameters():
-            send_state(self.member, self.network.state_dict(), bucket_bytes)
+        """Send the weights to the other members of the weight group; the other ranks run `gather_only` meanwhile.
+
+        Raises:
+            RuntimeError: a member was lost; this side has left the group.
+        """
+        try:
+            with self.backend.full_parameters():
+                send_state(self.member, self.network.state_dict(), bucket_bytes)
+        except RuntimeError:
+            self.leave_weights()
+            raise
 
     def gather_only(self, bucket_bytes: int) -> None:
         """Take part in the gathering of ZeRO-3 parameters, which is collective, without publishing."""
@@ -203,5 +215,3 @@ class Learner(GroupMember):
     def load(self, folder: str) -> None:
         """Continue from what `save` wrote; `begin` must have been called with the same arguments as then."""
         self.backend.load(Path(folder) / "learner")
-
-

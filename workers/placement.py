@@ -86,13 +86,25 @@ class Crew:
 
 
 def gather(runtime: Runtime, futures: Sequence[Any]) -> list[Any]:
-    """All values. The first failure is raised at once, since the other members of a collective may wait for the one that failed."""
-    waiting = list(futures)
-    while waiting:
-        for future in runtime.wait(waiting, timeout=None):
-            runtime.get(future)
+    """All values. A failure is raised soon, since the other members of a collective may wait for the one that failed.
+
+    Raises:
+        WorkerLost: where a worker died, also when the error of another one that needed it arrives first.
+    """
+    waiting, values, errors = list(futures), {}, []
+    while waiting and not any(isinstance(error, WorkerLost) for error in errors):
+        ready = runtime.wait(waiting, timeout=2.0 if errors else None)
+        if not ready:
+            break
+        for future in ready:
             waiting.remove(future)
-    return [runtime.get(future) for future in futures]
+            try:
+                values[id(future)] = runtime.get(future)
+            except Exception as error:
+                errors.append(error)
+    if errors:
+        raise next((error for error in errors if isinstance(error, WorkerLost)), errors[0])
+    return [values[id(future)] for future in futures]
 
 
 def demands(recipe: Recipe) -> dict[str, Resources]:
@@ -180,7 +192,10 @@ def _spawn_all(recipe: Recipe, model_path: Path, runtime: Runtime, wanted: dict[
     if recipe.learner.backend == "deepspeed" or roles.learners > 1:
         address = runtime.get(runtime.submit(learners[0], "rendezvous"))
         gather(runtime, [runtime.submit(learner, "join", address) for learner in learners])
-    transport = importlib.import_module(f"workers.transports.{recipe.weights.transport}").Transport(runtime, learners, recipe.weights)
+    # Members of a process group must run at the same time, so in one process the weights go through memory.
+    name = recipe.weights.transport if recipe.run.runtime == "ray" else "object_store"
+    module = importlib.import_module(name if "." in name else f"workers.transports.{name}")
+    transport = module.Transport(runtime, learners, recipe.weights)
     crew = Crew(
         runtime,
         learners,

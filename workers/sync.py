@@ -79,5 +79,5 @@ def receipt_of(network: torch.nn.Module, version: int, bucket_bytes: int) -> Rec
     device = next(network.parameters()).device
     tokens = torch.full((CANARY_TOKENS,), network.mask_id, device=device)
     hidden = network.denoise(tokens, to_device(pack_layout([CANARY_TOKENS]), device))
-    logits = network.head(hidden, torch.arange(CANARY_TOKENS, device=device)).float()
+    logits = network.head(hidden, torch.arange(CANARY_TOKENS, device=device)).float().nan_to_num()  # NaN does not equal itself
     return Receipt(version, len(state), total, tuple(hashes), tuple(logits.amax(-1).tolist()))

@@ -25,7 +25,7 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
     rows = []
     for sample, span in enumerate(batch.span.tolist()):
         position = np.arange(span)
-        rows += [Row(sample, 0, position > token, scored=position == token, step=token) for token in range(span)]
+        rows += [Row(sample, 0, position >= token, scored=position == token, step=token) for token in range(span)]
     return build_views(batch, rows, 1)
 
 

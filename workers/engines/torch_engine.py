@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhub.batching import pack_layout
 from rlhub.config import SamplerConfig
+from rlhub.errors import DataError
 from rlhub.noise import Noise, Stream
 from rlhub.parts import load_part, part_config
 from rlhub.samplers import CanvasState, RowStats
@@ -43,11 +44,12 @@ class TorchEngine:
             on_step: called after each denoising step, for progress displays.
 
         Raises:
-            ValueError: a prompt with its canvas exceeds the model's context, or the settings do not fit together.
+            DataError: a prompt with its canvas exceeds the model's context.
+            ValueError: the settings do not fit together.
         """
         for request in requests:
             if len(request.prompt_ids) + settings.length > self.model.max_length:
-                raise ValueError(
+                raise DataError(
                     f"prompt of {len(request.prompt_ids)} tokens plus a canvas of {settings.length} exceeds the model's context of "
                     f"{self.model.max_length}; shorten the prompt or sampler.length"
                 )

@@ -26,10 +26,7 @@ from workers.transports import object_store
 class Member:
     """One rank of one generation of the group, held by a learner (rank 0) or a receiver."""
 
-    def __init__(self, backend: str, address: str, rank: int, size: int, generation: int, timeout_seconds: float) -> None:
-        host, port = address.rsplit(":", 1)
-        timeout = timedelta(seconds=timeout_seconds)
-        store = dist.TCPStore(host, int(port), size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+    def __init__(self, backend: str, store: dist.Store, rank: int, size: int, generation: int, timeout: timedelta) -> None:
         prefixed = dist.PrefixStore(f"weights/{generation}", store)
         if backend == "nccl":
             self.group = dist.ProcessGroupNCCL(prefixed, rank, size, dist.ProcessGroupNCCL.Options())
@@ -79,70 +76,100 @@ class CollectiveTransport:
         self.bucket_bytes = int(config.bucket_megabytes * 2**20)
         self.late = object_store.Transport(runtime, learners, config)
         self.generation = 0
-        self.members: list[str] = []
+        self.members: dict[str, int] = {}  # process of each receiver in the group; a rebuilt one has another and no place in it
 
     def push(self, receivers: Sequence[Handle], version: int) -> dict[str, Any]:
         self.late.buckets = []
-        if self.members != [receiver.name for receiver in receivers]:
-            self._form(receivers)
+        processes = self._processes(receivers)
+        receivers = [receiver for receiver in receivers if receiver.name in processes]
+        if self.members != processes:
+            self._form(receivers, processes)
         if not self.members:
             return self.late.push(receivers, version)
-        others = [self.runtime.submit(learner, "gather_only", self.bucket_bytes) for learner in self.learners[1:]]
+        others = self.late.gather_others()
         futures = {receiver.name: self.runtime.submit(receiver, "receive_broadcast", version, self.bucket_bytes) for receiver in receivers}
         try:
             self.runtime.get(self.runtime.submit(self.learners[0], "broadcast", self.bucket_bytes))
         except (WorkerLost, RuntimeError):
             # A member was lost: the survivors' group is void, and they take this version through the object store.
-            self.members = []
+            self.members = {}
             futures = {receiver.name: self.refresh(receiver, version) for receiver in receivers}
         for other in others:
             self.runtime.get(other)
         return futures
 
     def refresh(self, receiver: Handle, version: int) -> Any:
-        if receiver.name in self.members:
-            self.members = []  # it was rebuilt and holds no place in the group
         if not self.late.buckets:
-            self.late.buckets = self.runtime.stream(self.learners[0], "publish", self.bucket_bytes)
+            self.late.publish()
         return self.late.refresh(receiver, version)
 
     def close(self) -> None:
         self.late.close()
 
-    def _form(self, receivers: Sequence[Handle]) -> None:
+    def _processes(self, receivers: Sequence[Handle]) -> dict[str, int]:
+        """Process ids of the receivers that are there; one that is being rebuilt is brought up to date when it is readmitted."""
+        pings = {receiver.name: self.runtime.ping(receiver) for receiver in receivers}
+        processes = {}
+        for name, ping in pings.items():
+            try:
+                processes[name] = self.runtime.get(ping)
+            except WorkerLost:
+                continue
+        return processes
+
+    def _form(self, receivers: Sequence[Handle], processes: dict[str, int]) -> None:
         """Let everybody join the next generation; a receiver that cannot leaves the group empty for this push."""
         self.generation += 1
-        address = self.runtime.get(self.runtime.submit(self.learners[0], "rendezvous"))
         size = len(receivers) + 1
+        address = self.runtime.get(self.runtime.submit(self.learners[0], "open_weights", size))
         arguments = (size, self.generation, self.config.timeout_seconds)
         joins = [
             self.runtime.submit(handle, "join_weights", self.backend, address, rank, *arguments)
             for rank, handle in enumerate([self.learners[0], *receivers])
         ]
+        self.members = {}
         try:
             for join in joins:
                 self.runtime.get(join)
-            self.members = [receiver.name for receiver in receivers]
         except (WorkerLost, RuntimeError):
-            self.members = []
+            return
+        self.members = processes
 
 
 class GroupMember:
     """The part of a worker that holds its place in the weight group; a mixin for learners and generators."""
 
     member: Member | None = None
+    weight_store: dist.TCPStore | None = None
+
+    def open_weights(self, size: int) -> str:
+        """Open the place at which the next generation meets, `host:port` on this machine; asked of rank 0."""
+        self.weight_store = open_store(size)
+        return f"{self.weight_store.host}:{self.weight_store.port}"
 
     def join_weights(self, backend: str, address: str, rank: int, size: int, generation: int, timeout_seconds: float) -> None:
         """Enter a generation of the weight group, leaving the one before."""
+        self.leave_weights()
+        timeout = timedelta(seconds=timeout_seconds)
+        if rank > 0:
+            host, port = address.rsplit(":", 1)
+            self.weight_store = dist.TCPStore(host, int(port), size, timeout=timeout, wait_for_workers=False)
+        self.member = Member(backend, self.weight_store, rank, size, generation, timeout)
+
+    def leave_weights(self) -> None:
+        """Close this side's connections, which wakes members that wait for it."""
         if self.member is not None:
             self.member.close()
-        self.member = Member(backend, address, rank, size, generation, timeout_seconds)
+        self.member = None
 
 
-def free_address() -> str:
-    """`host:port` on this machine that others can reach."""
-    host = socket.gethostbyname(socket.gethostname())
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return f"{host}:{probe.getsockname()[1]}"
+def open_store(size: int) -> dist.TCPStore:
+    """The store through which `size` processes find each other, on a port that the system chooses."""
+    return dist.TCPStore(node_address(), 0, size, is_master=True, wait_for_workers=False)
 
+
+def node_address() -> str:
+    """This machine's address as others reach it."""
+    import ray
+
+    return ray.util.get_node_ip_address() if ray.is_initialized() else socket.gethostbyname(socket.gethostname())

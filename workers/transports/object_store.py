@@ -22,12 +22,19 @@ class Transport:
         self.buckets: list[Any] = []
 
     def push(self, receivers: Sequence[Handle], version: int) -> dict[str, Any]:
-        others = [self.runtime.submit(learner, "gather_only", self.bucket_bytes) for learner in self.learners[1:]]
+        self.publish()
+        return {receiver.name: self.refresh(receiver, version) for receiver in receivers}
+
+    def publish(self) -> None:
+        """Take the learners' weights into buckets of the controller's."""
+        others = self.gather_others()
         self.buckets = self.runtime.stream(self.learners[0], "publish", self.bucket_bytes)
-        receipts = {receiver.name: self.refresh(receiver, version) for receiver in receivers}
         for other in others:
             self.runtime.get(other)
-        return receipts
+
+    def gather_others(self) -> list[Any]:
+        """Let the other learners take their part while the first one reads weights that they share; futures of it."""
+        return [self.runtime.submit(learner, "gather_only", self.bucket_bytes) for learner in self.learners[1:]]
 
     def refresh(self, receiver: Handle, version: int) -> Any:
         return self.runtime.submit(receiver, "receive", version, self.bucket_bytes, *self.buckets)
