@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhub.errors import CheckpointError
-from rlhub.parts import one_line
 
 MANIFEST = "manifest.json"
 
@@ -126,7 +125,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: a file is missing or its hash differs.
     """
     manifest = _read_json(folder / MANIFEST, f"an unsealed checkpoint cannot be used; delete {folder} to use an older one")
-    if not isinstance(manifest, dict) or not {"phase", "step", "wall_s", "files"} <= set(manifest):
+    if not {"phase", "step", "wall_s", "files"} <= set(manifest):
         raise CheckpointError(f"{folder / MANIFEST} is corrupt; delete {folder} to use an older one")
     for name, facts in manifest["files"].items():
         file = folder / name

@@ -259,7 +259,7 @@ def _finish(axes: Axes, panel: Panel, phase: str | None) -> None:
     _step_axis(axes)
     if panel.reference is not None:
         axes.axhline(panel.reference, color=INK, linewidth=0.8, linestyle=":")
-    if panel.log:
+    if panel.log and any(np.nanmax(line.get_ydata(), initial=0.0) > 0 for line in axes.get_lines()):
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
     axes.yaxis.set_major_formatter("{x:.4g}")

@@ -131,8 +131,8 @@ class RayRuntime:
                 have = ray.cluster_resources()
                 cpus, gpus = (sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU"))
                 raise RecipeError(
-                    f"the roles ask for {cpus:g} CPUs and {gpus:g} GPUs, the cluster has {have.get('CPU', 0):g} and {have.get('GPU', 0):g}; "
-                    "lower roles.* or add nodes"
+                    f"the roles ask for {cpus:g} CPUs and {gpus:g} GPUs, "
+                    f"the cluster has {have.get('CPU', 0):g} and {have.get('GPU', 0):g}; lower roles.* or add nodes"
                 )
         except BaseException:
             self.close()

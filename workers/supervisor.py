@@ -40,9 +40,7 @@ class Pool:
     num_lost: int = field(default=0, init=False)
     _back: dict[str, Any] = field(default_factory=dict, init=False)  # the ping that a lost worker has yet to answer
 
-    def map(
-        self, method: str, pieces: Sequence[tuple[Any, ...]], give_up: Callable[[int, WorkerLost], Any] | None = None
-    ) -> list[Any]:
+    def map(self, method: str, pieces: Sequence[tuple[Any, ...]], give_up: Callable[[int, WorkerLost], Any] | None = None) -> list[Any]:
         """Results of `method(*piece)` in the order of `pieces`.
 
         Args:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import permutations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -61,11 +62,16 @@ class Config:
     operators: str = OPERATORS
     path: str | None = None  # JSON lines {"input": "30,100,93", "output": "23"}: the test problems
     correct_fraction: float = 1.0  # of the demonstrations; the others are well-formed and have another value
+    demonstrations: str = "random"  # random: any right or wrong expression | first: the first right one, wrong ones by a flipped operator
     test_size: int = 512  # problems of the test split when it is generated
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
             raise ValueError(f"style must be one of {', '.join(STYLES)}, got {self.style!r}")
+        if self.demonstrations not in ("random", "first"):
+            raise ValueError(f"demonstrations must be random or first, got {self.demonstrations!r}")
+        if self.demonstrations == "first" and (self.style != "short" or self.numbers > 4):
+            raise ValueError("demonstrations: first enumerates expressions, which needs style: short and at most 4 numbers")
         if not self.operators or not set(self.operators) <= set(OPERATORS):
             raise ValueError(f"operators must be some of {OPERATORS}, got {self.operators!r}")
         if min(self.numbers - 1, self.max_number, self.max_target) < 1:
@@ -165,7 +171,13 @@ def _draw(stream: Stream, config: Config, belongs: Callable[[Problem], bool], ui
 
 
 def _demonstration(stream: Stream, config: Config, index: int, problem: Problem) -> str | None:
-    if problem.expression is None or stream.uniform(1, uid=index)[0] < config.correct_fraction:
+    if problem.expression is None:
+        return None
+    right = stream.uniform(1, uid=index)[0] < config.correct_fraction
+    if config.demonstrations == "first":
+        expression = first_right(problem.numbers, problem.target, config.operators)
+        return expression if right else flipped(expression, problem.target, config.operators)
+    if right:
         return problem.expression
 
     def attempt(draw: int) -> str | None:
@@ -174,6 +186,33 @@ def _demonstration(stream: Stream, config: Config, index: int, problem: Problem)
         return expression if value is not None and value != problem.target else None
 
     return first_accepted(attempt, f"wrong expression over {list(problem.numbers)} with {config.operators}")
+
+
+@lru_cache(maxsize=1 << 16)
+def first_right(numbers: tuple[int, ...], target: int, operators: str) -> str:
+    """The first right expression in short style: numbers in the order of the prompt if possible, operators in the order given.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for order in permutations(numbers):
+        for signs in product(operators, repeat=len(numbers) - 1):
+            expression = " ".join([str(order[0]), *(text for pair in zip(signs, map(str, order[1:]), strict=True) for text in pair)])
+            if evaluate(expression) == target:
+                return expression
+    raise ValueError(f"no expression over {list(numbers)} with {operators} has the value {target}")
+
+
+@lru_cache(maxsize=1 << 16)
+def flipped(expression: str, target: int, operators: str) -> str:
+    """A slip: the expression with its last operator replaced so that it misses the target, or an earlier one where that cannot be."""
+    tokens = expression.split()
+    for place in range(len(tokens) - 2, 0, -2):
+        for operator in operators:
+            wrong = " ".join([*tokens[:place], operator, *tokens[place + 1 :]])
+            if evaluate(wrong) not in (None, target):
+                return wrong
+    return expression
 
 
 def _expression(u: np.ndarray, numbers: tuple[int, ...], config: Config) -> str:

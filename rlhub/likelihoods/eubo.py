@@ -38,7 +38,7 @@ def upper_bound(log_prob: Tensor, views: Views, beta: float, rescale: bool) -> T
     exponent = views.score_weight.to(log_prob.dtype).log() + beta * log_prob
     size = views.num_samples * views.canvas_length
     # The largest term is taken out so that p^beta cannot underflow; it cancels, so it carries no gradient.
-    peak = torch.zeros(size, dtype=log_prob.dtype).scatter_reduce(0, flat, exponent, "amax", include_self=False)
+    peak = torch.zeros(size, dtype=log_prob.dtype).scatter_reduce(0, flat, exponent.detach(), "amax", include_self=False)
     total = torch.zeros_like(peak).index_add(0, flat, (exponent - peak[flat]).exp())
     covered = total > 0
     mean = total.where(covered, 1.0).log() + peak - math.log(views.num_draws)

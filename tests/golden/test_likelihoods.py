@@ -378,6 +378,9 @@ def test_trajectory_views_replay_the_rollout():
     expected = [of(states[position])[position].item() if position in states else 0.0 for position in range(LENGTH)]
     assert estimate.value[0].tolist() == [pytest.approx(value) for value in expected]
     assert estimate.mask[0].tolist() == [True, False, True, True] and estimate.kind == "exact" and estimate.length.tolist() == [3]
+    filled = make_batch([[2, 0, 1, 1]], unmask_step=[steps])  # as when a stopped row is filled with EOS
+    same = replay.make(filled, credit_of([1.0]), replay.Config(), NOISE.stream("views"), 0)
+    assert torch.equal(same.tokens, views.tokens) and torch.equal(same.score_position, views.score_position)
     by_step = trajectory.estimate(score(model, views), views, credit_of(np.ones((1, 5))), trajectory.Config(granularity="step"))
     assert by_step.value[0].tolist() == [pytest.approx(value) for value in (expected[2], expected[0], expected[3], 0.0, 0.0)]
     assert by_step.mask[0].tolist() == [True, True, True, False, False]

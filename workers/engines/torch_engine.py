@@ -36,7 +36,12 @@ class TorchEngine:
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[Request], settings: SamplerConfig, noise: Noise, version: int = 0, on_step: Callable[[], None] | None = None
+        self,
+        requests: Sequence[Request],
+        settings: SamplerConfig,
+        noise: Noise,
+        version: int = 0,
+        on_step: Callable[[], None] | None = None,
     ) -> list[Rollout]:
         """One rollout per request, in their order.
 
