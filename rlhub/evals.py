@@ -28,7 +28,7 @@ def evaluation_task(recipe: Recipe) -> Task:
 
 
 def evaluate(crew: Any, recipe: Recipe, task: Task, tokenizer: Any) -> dict[str, Any]:
-    """Accuracy and mean reward on the first `task.eval_rows` problems at each temperature of `eval_temperatures`.
+    """Accuracy, mean reward and share of failed grades on the first `task.eval_rows` problems at each of `eval_temperatures`.
 
     The noise is the same at every evaluation of a run, so that its curve is not blurred by it.
     """
@@ -42,8 +42,10 @@ def evaluate(crew: Any, recipe: Recipe, task: Task, tokenizer: Any) -> dict[str,
             graded, _ = grade(crew, issued, rollouts, tokenizer, recipe.reward_pool.batch_size)
             values += [rollout.reward.value if rollout.reward.valid else np.nan for rollout in graded]
         key = accuracy_key(temperature)
+        invalid = np.isnan(values)
         metrics[key] = float(np.mean(np.array(values) == 1.0))
-        metrics[key.replace("accuracy", "reward")] = float(np.nanmean(values))
+        metrics[key.replace("accuracy", "reward")] = float("nan") if invalid.all() else float(np.nanmean(values))
+        metrics[key.replace("accuracy", "invalid_share")] = float(invalid.mean())
     return metrics | {
         "eval/num_problems": num_problems,
         "eval/test_set": task.description,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +10,8 @@ from rlhub.config import Recipe
 from rlhub.recipe import load_recipe
 
 TINY = """
-run: {name: tiny, steps: 4, phases: [sft, online], eval_every: 2, checkpoint_every: 2, keep_checkpoints: 9, rollouts_every: 1, runtime: local}
+run:
+  {name: tiny, steps: 4, phases: [sft, online], eval_every: 2, checkpoint_every: 2, keep_checkpoints: 9, rollouts_every: 1, runtime: local}
 model: {config: {d_model: 32, n_layers: 2, n_heads: 2, mlp_hidden_size: 64, max_sequence_length: 32}}
 task: {name: sort, train: {digits: 4}, eval: {test_size: 16}, eval_rows: 16}
 sampler: {length: 4, steps: 4, block_length: 4}

@@ -33,6 +33,9 @@ class Crew:
     version: int = -1
     last_receipt: Receipt | None = field(default=None)
 
+    def __post_init__(self) -> None:
+        self.generators.refresh = self.refresh
+
     def learn(self, method: str, *args: Any) -> Any:
         """Call a method on every learner at once; the result of rank 0."""
         return gather(self.runtime, [self.runtime.submit(learner, method, *args) for learner in self.learners])[0]
@@ -196,7 +199,7 @@ def _spawn_all(recipe: Recipe, model_path: Path, runtime: Runtime, wanted: dict[
     name = recipe.weights.transport if recipe.run.runtime == "ray" else "object_store"
     module = importlib.import_module(name if "." in name else f"workers.transports.{name}")
     transport = module.Transport(runtime, learners, recipe.weights)
-    crew = Crew(
+    return Crew(
         runtime,
         learners,
         scorers,
@@ -205,5 +208,3 @@ def _spawn_all(recipe: Recipe, model_path: Path, runtime: Runtime, wanted: dict[
         transport=transport,
         bucket_bytes=int(recipe.weights.bucket_megabytes * 2**20),
     )
-    crew.generators.refresh = crew.refresh
-    return crew

@@ -30,6 +30,7 @@ class Host:
     """
 
     def __init__(self, name: str, log_file: str | None, build: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if log_file is not None:
             _log_to(log_file)
         self.log = logging.getLogger("rlhub")
@@ -150,7 +151,6 @@ class RayRuntime:
                 max_restarts=resources.restarts,
                 max_task_retries=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=len(self.handles)),
-                runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
             )
             .remote(name, log_file, build, kwargs)
         )

@@ -62,16 +62,19 @@ class Config:
     operators: str = OPERATORS
     path: str | None = None  # JSON lines {"input": "30,100,93", "output": "23"}: the test problems
     correct_fraction: float = 1.0  # of the demonstrations; the others are well-formed and have another value
-    demonstrations: str = "random"  # random: any right or wrong expression | first: the first right one, wrong ones by a flipped operator
+    answers: str = "random"  # right demonstrations. random: any right expression | first: always the first one of an enumeration
+    mistakes: str = "random"  # wrong ones. random: any expression | descending: numbers in descending order | flipped: an operator off
     test_size: int = 512  # problems of the test split when it is generated
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
             raise ValueError(f"style must be one of {', '.join(STYLES)}, got {self.style!r}")
-        if self.demonstrations not in ("random", "first"):
-            raise ValueError(f"demonstrations must be random or first, got {self.demonstrations!r}")
-        if self.demonstrations == "first" and (self.style != "short" or self.numbers > 4):
-            raise ValueError("demonstrations: first enumerates expressions, which needs style: short and at most 4 numbers")
+        if self.answers not in ("random", "first"):
+            raise ValueError(f"answers must be random or first, got {self.answers!r}")
+        if self.mistakes not in ("random", "descending", "flipped"):
+            raise ValueError(f"mistakes must be random, descending or flipped, got {self.mistakes!r}")
+        if (self.answers, self.mistakes) != ("random", "random") and (self.style != "short" or self.numbers > 4):
+            raise ValueError("answers: first and mistakes other than random need style: short and at most 4 numbers")
         if not self.operators or not set(self.operators) <= set(OPERATORS):
             raise ValueError(f"operators must be some of {OPERATORS}, got {self.operators!r}")
         if min(self.numbers - 1, self.max_number, self.max_target) < 1:
@@ -173,15 +176,19 @@ def _draw(stream: Stream, config: Config, belongs: Callable[[Problem], bool], ui
 def _demonstration(stream: Stream, config: Config, index: int, problem: Problem) -> str | None:
     if problem.expression is None:
         return None
-    right = stream.uniform(1, uid=index)[0] < config.correct_fraction
-    if config.demonstrations == "first":
-        expression = first_right(problem.numbers, problem.target, config.operators)
-        return expression if right else flipped(expression, problem.target, config.operators)
-    if right:
-        return problem.expression
+    answer = problem.expression
+    if config.answers == "first":
+        answer = first_right(problem.numbers, problem.target, config.operators)
+    if stream.uniform(1, uid=index)[0] < config.correct_fraction:
+        return answer
+    if config.mistakes == "flipped":
+        return flipped(answer, problem.target, config.operators)
 
     def attempt(draw: int) -> str | None:
-        expression = _expression(stream.uniform(3 * config.numbers, uid=index, draw=draw + 1), problem.numbers, config)
+        u = stream.uniform(3 * config.numbers, uid=index, draw=draw + 1)
+        if config.mistakes == "descending":
+            u[: config.numbers] = -np.array(problem.numbers)
+        expression = _expression(u, problem.numbers, config)
         value = evaluate(expression)
         return expression if value is not None and value != problem.target else None
 

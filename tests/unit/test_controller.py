@@ -39,10 +39,9 @@ from workers.transports.object_store import Transport
 
 
 @pytest.fixture(autouse=True)
-def quick_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports have tests of their own, and plots take longer than these runs."""
-    if "finished" not in request.fixturenames:
-        monkeypatch.setattr("rlhub.run.write_report", lambda folders: folders[0] / "report.html")
+def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have tests of their own, and plots take longer than these runs; `finished` writes a real one."""
+    monkeypatch.setattr("rlhub.run.write_report", lambda folders: folders[0] / "report.html")
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +270,7 @@ def test_a_grader_that_always_fails_teaches_nothing(tiny: Callable[..., Recipe],
     overrides = ("run.phases=[online]", "run.steps=2", "algorithm.kl.coefficient=0", "algorithm.reference=none")
     run = train(tiny(f"run.output_dir={tmp_path}", *overrides, grader="broken"), silent())
     assert [row["reward/invalid_share"] for row in rows(run)[1:]] == [1.0, 1.0]
+    assert rows(run)[0]["eval/invalid_share"] == 1.0 and rows(run)[0]["eval/reward"] is None
     assert rows(run)[2]["reward/mean"] is None and rows(run)[2]["group/no_signal_share"] == 1.0
     first = load_file(run / "first_model" / "model.safetensors")
     assert distance(weights(run, "step_00002"), first) == 0.0
@@ -314,11 +314,11 @@ def test_sft_needs_demonstrations_that_fit(tiny: Callable[..., Recipe], tmp_path
 class Scripted:
     """A worker that answers, or fails as its script says; the calls of all are in one list."""
 
-    def __init__(self, name: str, calls: list, script: list) -> None:
-        self.name, self.calls, self.script = name, calls, script
+    def __init__(self, label: str, calls: list, script: list) -> None:
+        self.label, self.calls, self.script = label, calls, script
 
     def work(self, piece: object) -> str:
-        self.calls.append((self.name, piece))
+        self.calls.append((self.label, piece))
         failure = self.script.pop(0) if self.script else None
         if failure is not None:
             raise failure
@@ -341,7 +341,7 @@ class Late(LocalRuntime):
 def scripted_pool(runtime: LocalRuntime, *scripts: list, **options: object) -> tuple[Pool, list]:
     calls: list = []
     handles = [
-        runtime.spawn(f"worker-{index}", Scripted, Resources(), name=f"worker-{index}", calls=calls, script=list(script))
+        runtime.spawn(f"worker-{index}", Scripted, Resources(), label=f"worker-{index}", calls=calls, script=list(script))
         for index, script in enumerate(scripts)
     ]
     return Pool(runtime, handles, **options), calls
@@ -384,7 +384,7 @@ def test_an_error_of_the_work_itself_is_raised_at_once() -> None:
 
 def test_stale_workers_are_brought_up_to_date_and_keep_their_piece() -> None:
     refreshed: list[str] = []
-    pool, calls = scripted_pool(LocalRuntime(), [StaleWeights("old"), StaleWeights("old"), StaleWeights("old"), StaleWeights("old")])
+    pool, _ = scripted_pool(LocalRuntime(), [StaleWeights("old")] * 4)
     pool.refresh = lambda handle: refreshed.append(handle.name)
     assert pool.map("work", [("a",)]) == ["done a"] and refreshed == ["worker-0"] * 4 and pool.num_lost == 0
 
@@ -454,7 +454,7 @@ def test_grades_of_a_batch_survive_the_completion_that_kills_its_grader(tiny: Ca
     recipe = tiny()
     issued = issue(load_task("sort", recipe.task.train, "train", 0), tokenizer, ONLINE, 1, 0, 10, 1)
     runtime, calls = LocalRuntime(), []
-    graders = Pool(runtime, [runtime.spawn("reward-0", Scripted, Resources(), name="reward-0", calls=calls, script=[])], attempts=2)
+    graders = Pool(runtime, [runtime.spawn("reward-0", Scripted, Resources(), label="reward-0", calls=calls, script=[])], attempts=2)
     poisonous = SimpleNamespace(
         eos_token_id=tokenizer.eos_token_id, decode=lambda ids, skip_special_tokens: "poison" if ids[0] == 5 else "1 2"[: ids[0] % 3 + 1]
     )
@@ -476,8 +476,8 @@ def test_a_grader_that_hangs_times_out_alone(tiny: Callable[..., Recipe]) -> Non
 
 def test_the_first_failure_of_several_is_raised_and_a_death_explains_the_others() -> None:
     runtime = LocalRuntime()
-    died = runtime.spawn("learner-1", Scripted, Resources(), name="b", calls=[], script=[WorkerLost("learner-1 died")])
-    peer = runtime.spawn("learner-0", Scripted, Resources(), name="a", calls=[], script=[RuntimeError("connection closed by peer")])
+    died = runtime.spawn("learner-1", Scripted, Resources(), label="b", calls=[], script=[WorkerLost("learner-1 died")])
+    peer = runtime.spawn("learner-0", Scripted, Resources(), label="a", calls=[], script=[RuntimeError("connection closed by peer")])
     with pytest.raises(WorkerLost, match="learner-1"):
         gather(runtime, [runtime.submit(peer, "work", 0), runtime.submit(died, "work", 0)])
     assert gather(runtime, [runtime.submit(peer, "work", number) for number in range(3)]) == ["done 0", "done 1", "done 2"]
