@@ -73,14 +73,13 @@ def evaluate_checkpoint(path: Path, overrides: list[str] | None = None, recipe_p
         recipe_path = str(found[0])
     recipe = load_recipe(recipe_path, overrides or [])
     validate(recipe)
-    recipe.roles.scorers, recipe.roles.learners, recipe.learner.backend = 0, 1, "torch"
+    # Generators alone: they load the model themselves, and so they do when one of them has to be rebuilt.
+    recipe.roles.scorers, recipe.roles.learners, recipe.learner.backend = 0, 0, "torch"
     recipe.model.path = str(model_path)
     tokenizer = load_tokenizer(str(model_path))
     task = evaluation_task(recipe)
     crew = assemble(recipe, model_path)
     try:
-        crew.learn("begin", recipe.algorithm, recipe.learner.optimizer, 1)
-        crew.publish(0)
         return evaluate(crew, recipe, task, tokenizer)
     finally:
         crew.close()

@@ -70,12 +70,14 @@ def test_best_and_worst_make_a_pair_where_rewards_differ():
 
 
 def test_step_difference_by_hand():
-    rewards = np.array([[[0.0, 1.0, 0.5], [1.0, 0.0, 1.0], [0.0, NAN, 1.0]]])
+    rewards = np.array([[[0.0, 1.0, 0.5], [1.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, NAN, 1.0]]])
     credit = assign(step_difference, rewards, epsilon=0.0)
-    raw = np.array([[0.0 + 0.75, 1.0 + 0.5, -0.5 + 0.5], [1.0 + 0.5, -1.0 + 1.0, 1.0 + 1.0]])
+    gains = np.array([[0.0, 1.0, -0.5], [1.0, -1.0, 1.0], [0.0, 0.0, 1.0]])
+    futures = np.array([[0.75, 0.5, 0.5], [0.5, 1.0, 1.0], [0.5, 1.0, 1.0]])
+    raw = gains + futures
     expected = (raw - raw.mean(0)) / raw.std(0, ddof=1)
-    torch.testing.assert_close(credit.advantages[:2], torch.from_numpy(expected))
-    assert (credit.advantages[2] == 0).all()
+    torch.testing.assert_close(credit.advantages[:3], torch.from_numpy(expected))
+    assert (credit.advantages[3] == 0).all()
     with pytest.raises(ValueError, match=r"\[P, G, S\]"):
         assign(step_difference, [[1.0, 0.0]])
 
