@@ -22,6 +22,8 @@ def make_batch(rollouts: Sequence[Rollout], *, mask_id: int, span: str, block_le
     Raises:
         ValueError: a rollout has no grade, or `span` or `on_invalid` is unknown.
     """
+    if on_invalid not in ("drop_sample", "drop_group") and not on_invalid.startswith("value:"):
+        raise ValueError(f"on_invalid must be drop_sample, drop_group or value:x, got {on_invalid!r}")
     if span not in ("canvas", "response"):
         raise ValueError(f"span must be canvas or response, got {span!r}")
     rollouts = sorted(rollouts, key=lambda rollout: rollout.uid)
@@ -62,12 +64,7 @@ def make_batch(rollouts: Sequence[Rollout], *, mask_id: int, span: str, block_le
 def _graded_value(rollout: Rollout, on_invalid: str) -> float:
     if rollout.reward.valid:
         return rollout.reward.value
-    kind, _, value = on_invalid.partition(":")
-    if kind == "value":
-        return float(value)
-    if on_invalid not in ("drop_sample", "drop_group"):
-        raise ValueError(f"on_invalid must be drop_sample, drop_group or value:x, got {on_invalid!r}")
-    return float("nan")
+    return float(on_invalid.removeprefix("value:")) if on_invalid.startswith("value:") else float("nan")
 
 
 @dataclass(frozen=True)

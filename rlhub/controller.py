@@ -39,7 +39,7 @@ def run_sft(session: Session) -> None:
         if step < config.steps:
             upcoming = demonstration_batch(session.train_task, session.tokenizer, recipe, step + 1)
         with session.span("learn"):
-            metrics, *_ = [crew.runtime.get(future) for future in futures]
+            metrics, *_ = crew.collect(futures)
         session.finish_step(metrics, num_samples=config.batch_size)
 
 
@@ -73,8 +73,7 @@ def run_online(session: Session) -> None:
                 views = crew.runtime.submit(crew.learners[0], "make_views", batch)
                 count = len(crew.scorers)
                 reference = [crew.runtime.submit(scorer, "score", views, index, count) for index, scorer in enumerate(crew.scorers)]
-                for part in reference:
-                    crew.runtime.get(part)
+                crew.collect(reference)
         with session.span("learn"):
             metrics = crew.learn("step", batch, views, *reference)
         with session.span("sync"):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_TO_UNIT = 2.0**-53
+_TO_UNIT = 2.0**-52
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Noise:
     def uniform(
         self, purpose: str, size: int, *, uid: int = 0, epoch: int = 0, update: int = 0, draw: int = 0, step: int = 0, position: int = 0
     ) -> np.ndarray:
-        """float64 [size] in the open interval (0, 1), 53 bits each.
+        """float64 [size] in the open interval (0, 1), 52 bits each.
 
         Raises:
             ValueError: a field is outside its width (`uid` 64 bit, `step` and `position` 32, `update` and `draw` 24, `epoch` 16).
@@ -48,7 +48,8 @@ class Noise:
 
     def generator(self, purpose: str, *, uid: int = 0, epoch: int = 0) -> np.random.Generator:
         """A numpy generator on the key's stream, for code that needs more than uniforms (shuffles, integers)."""
-        return np.random.Generator(np.random.Philox(key=_key(self.run_seed, purpose), counter=[0, 0, epoch << 48, uid]))
+        counter = np.array([0, 0, epoch << 48, uid], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=_key(self.run_seed, purpose), counter=counter))
 
 
 class Stream:
@@ -78,7 +79,7 @@ class Stream:
         counter[3] = uid
         self._state["buffer_pos"] = 4
         self._bits.state = self._state
-        return ((self._bits.random_raw(size) >> np.uint64(11)) + 0.5) * _TO_UNIT
+        return ((self._bits.random_raw(size) >> np.uint64(12)) + 0.5) * _TO_UNIT
 
     def integer(self, bound: int, **key: int) -> int:
         """An integer in `[0, bound)` for one key."""
@@ -102,7 +103,7 @@ def sample_uid(phase: int, step: int, row: int, member: int) -> int:
     return phase << 60 | step << 36 | row << 12 | member
 
 
-def _key(run_seed: int, purpose: str) -> list[int]:
+def _key(run_seed: int, purpose: str) -> np.ndarray:
     if not 0 <= run_seed < 1 << 64:
         raise ValueError(f"run seed must be in [0, 2^64), got {run_seed}")
-    return [run_seed, zlib.crc32(purpose.encode())]
+    return np.array([run_seed, zlib.crc32(purpose.encode())], dtype=np.uint64)

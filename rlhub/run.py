@@ -57,6 +57,10 @@ def _train(recipe: Recipe, console: Console | None) -> Path:
     resumed = _open_folder(recipe, folder)
     position, wall_before = last_position(folder, recipe.run.phases) if resumed else (None, 0.0)
     console.print(f"run folder {folder}", markup=False, highlight=False, soft_wrap=True)
+    if "working_dir_files" in folder.parts:
+        console.print(
+            "it lies in the copy that Ray made for this job and will delete; set run.output_dir to a folder that stays", markup=False
+        )
     last = (recipe.run.phases[-1], recipe.run.steps if recipe.run.phases[-1] == "online" else recipe.sft.steps)
     if position == last:
         console.print(f"this run is finished (phase {position[0]}, step {position[1]}); nothing to do", markup=False)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhub.algorithm import Algorithm, LogProbs
-from rlhub.batching import micro_batches, shard_rows
+from rlhub.batching import MicroBatch, micro_batches, shard_rows
 from rlhub.checkpoint import load_network, save_network
 from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig
 from rlhub.health import health_metrics
@@ -92,7 +92,6 @@ class Learner(GroupMember):
             self.network = load_network(Path(model_path), self.dtype).to(self.device)
         backend = importlib.import_module(f"workers.backends.{self.config.backend}_backend")
         self.backend = backend.Backend(self.network, optimizer, total_updates, self.config)
-        self.network = self.backend.network
 
     def make_views(self, batch: Batch) -> list[Views]:
         """The views of every inner update of a batch; views that do not change between updates are made once."""
@@ -131,29 +130,37 @@ class Learner(GroupMember):
 
     def _update(self, batch, views, credit, proximal, reference):
         """Accumulate the gradient of one update."""
-        first_row, last_row = shard_rows(views, self.num_learners)[self.rank]
-        runs = micro_batches(views, self.config.micro_batch_tokens, first_row, last_row)
-        # Ranks must agree on the number of forward and backward calls; the surplus ones repeat the last run with weight 0.
-        turns = [(runs[min(number, len(runs) - 1)], number < len(runs)) for number in range(self._max_over_ranks(len(runs)))]
+        turns = self._turns(views)
         single = len(turns) == 1
         with torch.set_grad_enabled(single):
-            kept = [(micro_batch_log_probs(self.network, views, run, self.device), counts) for run, counts in turns]
-        own = torch.cat([part.detach() for part, counts in kept if counts]).cpu()
+            kept = [(self._log_probs(views, run), counts) for run, counts in turns]
+        own = torch.cat([log_prob.detach() for log_prob, counts in kept if counts]).cpu()
         log_probs = LogProbs(self._gather(own), proximal, reference)
         coefficient, scores, metrics = self.algorithm.coefficients(log_probs, views, batch, credit)
         # DeepSpeed averages over ranks while the loss is already the mean over the global batch.
         coefficient = coefficient.float() * self.num_learners
         for run, counts in turns:
-            log_prob = kept[0][0] if single else micro_batch_log_probs(self.network, views, run, self.device)
+            log_prob = kept[0][0] if single else self._log_probs(views, run)
             part = coefficient[run.first_score : run.last_score].to(self.device)
             self.backend.backward((log_prob * part).sum() * float(counts))
         return scores, metrics
 
+    def _log_probs(self, views: Views, run: MicroBatch) -> Tensor:
+        return self.backend.forward(lambda network: micro_batch_log_probs(network, views, run, self.device))
+
     @torch.no_grad()
     def _all_log_probs(self, views: Views) -> Tensor:
+        made = [(self._log_probs(views, run).cpu(), counts) for run, counts in self._turns(views)]
+        return self._gather(torch.cat([log_prob for log_prob, counts in made if counts]))
+
+    def _turns(self, views: Views) -> list[tuple[MicroBatch, bool]]:
+        """This rank's micro-batches, and whether each counts.
+
+        Ranks must make the same number of forward and backward calls, so those with fewer repeat their last one, which does not count.
+        """
         first_row, last_row = shard_rows(views, self.num_learners)[self.rank]
         runs = micro_batches(views, self.config.micro_batch_tokens, first_row, last_row)
-        return self._gather(torch.cat([micro_batch_log_probs(self.network, views, run, self.device).cpu() for run in runs]))
+        return [(runs[min(number, len(runs) - 1)], number < len(runs)) for number in range(self._max_over_ranks(len(runs)))]
 
     def _gather(self, own: Tensor) -> Tensor:
         """Concatenate each rank's log-probs; shards are consecutive, so this is the order of the views."""

@@ -38,7 +38,11 @@ class Crew:
 
     def learn(self, method: str, *args: Any) -> Any:
         """Call a method on every learner at once; the result of rank 0."""
-        return gather(self.runtime, [self.runtime.submit(learner, method, *args) for learner in self.learners])[0]
+        return self.collect([self.runtime.submit(learner, method, *args) for learner in self.learners])[0]
+
+    def collect(self, futures: Sequence[Any]) -> list[Any]:
+        """The values of futures, see `gather`."""
+        return gather(self.runtime, futures)
 
     def publish(self, version: int) -> Receipt:
         """Give every generator the learners' weights as `version` and compare receipts.

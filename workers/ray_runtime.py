@@ -193,9 +193,10 @@ class RayRuntime:
         pending, self.pending = self.pending, []
         for name, ref in pending:
             try:
-                taken[name].append(ray.get(ref))
-            except RayError:
-                continue  # a failed call has no interval
+                interval = ray.get(ref)
+            except Exception:  # a failed call has no interval, and whoever gets its value gets its error
+                continue
+            taken[name].append(interval)
         return taken
 
     def close(self) -> None:

@@ -415,6 +415,9 @@ class Summing:
     def __init__(self, network: torch.nn.Module) -> None:
         self.network = network
 
+    def forward(self, function: Callable) -> torch.Tensor:
+        return function(self.network)
+
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
@@ -429,10 +432,10 @@ class Summing:
 class Probe(Learner):
     """A learner that shows the gradient of its first update."""
 
-    def gradient(self, batch: Batch) -> torch.Tensor:
-        self.backend = Summing(self.network)
-        views = self.make_views(batch)[0]
-        self._update(batch, views, self.algorithm.credit(batch), None, None)
+    def gradient(self, batch: Batch, micro_batch_tokens: int) -> torch.Tensor:
+        self.backend, self.config.micro_batch_tokens = Summing(self.network), micro_batch_tokens
+        self.network.zero_grad()
+        self._update(batch, self.make_views(batch)[0], self.algorithm.credit(batch), None, None)
         return self.backend.gradient()
 
 
@@ -441,10 +444,10 @@ def spawn_learners(model: Path, tiny: Callable[..., Recipe], tmp_path_factory: p
     """`spawn_learners(count, stage)`: DeepSpeed learners of one group, ready for their first step."""
     runtimes: list[RayRuntime] = []
 
-    def spawn(count: int, stage: int, tokens: int = 128) -> tuple[RayRuntime, list[RayHandle]]:
+    def spawn(count: int, stage: int) -> tuple[RayRuntime, list[RayHandle]]:
         runtime = RayRuntime([Resources(1)] * count, tmp_path_factory.mktemp(f"zero{stage}"))
         runtimes.append(runtime)
-        config = LearnerConfig(backend="deepspeed", zero_stage=stage, micro_batch_tokens=tokens)
+        config = LearnerConfig(backend="deepspeed", zero_stage=stage, micro_batch_tokens=128)
         learners = [
             runtime.spawn(
                 f"learner-{rank}",
@@ -531,15 +534,14 @@ def test_zero_stages_step_save_and_load(
 
 
 def test_two_learners_have_the_gradient_of_one(spawn_learners: Callable, tiny: Callable[..., Recipe], model: Path) -> None:
-    one = Probe(str(model), LearnerConfig(backend="torch", micro_batch_tokens=4096), 0)
+    one = Probe(str(model), LearnerConfig(backend="torch"), 0)
     one.begin(free_of_reference(tiny()), OPTIMIZER, 8)
-    whole = one.gradient(batch_of(20))
+    whole = one.gradient(batch_of(20), 4096)
+    runtime, learners = spawn_learners(2, 1)
     for tokens in (64, 4096):  # two passes with unequal numbers of micro-batches, and one pass
-        runtime, learners = spawn_learners(2, 1, tokens)
-        halves = everyone(runtime, learners, "gradient", batch_of(20))
+        halves = everyone(runtime, learners, "gradient", batch_of(20), tokens)
         assert torch.equal(*halves)
         assert float((halves[0].double() - whole.double()).norm() / whole.double().norm()) <= 1e-6
-        runtime.close()
 
 
 # ------------------------------------------------------------------------------------------------------------- command line

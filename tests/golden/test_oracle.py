@@ -229,11 +229,12 @@ def test_exponential_race_draws_from_the_softmax(temperature):
 
 
 class ConstantModel:
-    """Predicts LOGITS everywhere; ids 0 (mask) and 1 (EOS) come before them. Counts the rows and positions that it is asked for."""
+    """Predicts the same everywhere; ids 0 (mask) and 1 (EOS) come first. Counts the rows and positions that it is asked for."""
 
-    mask_id, eos_id, max_length, vocab_size = 0, 1, 1 << 20, len(LOGITS) + 2
+    mask_id, eos_id, max_length = 0, 1, 1 << 20
 
-    def __init__(self):
+    def __init__(self, logits: np.ndarray = LOGITS) -> None:
+        self.logits = torch.tensor([9.0, 9.0, *logits], dtype=torch.float32)  # mask and EOS would win if they were not ruled out
         self.rows = self.positions = 0
 
     def denoise(self, tokens, layout):
@@ -242,8 +243,7 @@ class ConstantModel:
 
     def head(self, hidden, target_rows):
         self.positions += len(target_rows)
-        logits = torch.tensor([9.0, 9.0, *LOGITS], dtype=torch.float32)  # mask and EOS would win if they were not ruled out
-        return logits.expand(len(target_rows), -1).clone()
+        return self.logits.expand(len(target_rows), -1).clone()
 
 
 def test_engine_draws_from_the_softmax():
@@ -256,6 +256,17 @@ def test_engine_draws_from_the_softmax():
     assert chi_square(np.bincount(tokens, minlength=len(LOGITS)), tempered(0.9)) < CHI_SQUARE_5
     logp = np.concatenate([rollout.logp_sample for rollout in rollouts])
     np.testing.assert_allclose(logp, np.log(tempered(0.9))[tokens], atol=1e-5)
+
+
+def test_engine_keeps_the_tail():
+    """800 tokens of probability 1e-4 beside one of 0.92: low-precision noise would give that one 0.99 (measured in bf16)."""
+    logits = np.log([0.92, *[1e-4] * 800])
+    config = SamplerConfig("random", 1000, 1, 1000, temperature=1.0, early_stop="off", eos="never")
+    made = [Request(uid, uid, np.array([2], dtype=np.int32)) for uid in range(20)]
+    rollouts = TorchEngine(ConstantModel(logits), max_rows=1).generate(made, config, NOISE)
+    tokens = np.concatenate([rollout.completion_ids for rollout in rollouts]) - 2
+    assert abs((tokens == 0).sum() - 0.92 * 20_000) < 5 * (0.92 * 0.08 * 20_000) ** 0.5
+    assert len(np.unique(tokens)) > 600, "the rare tokens all take part: 693 of 800 are expected"
 
 
 # ------------------------------------------------------------------------------------------------------------------- network
@@ -459,18 +470,18 @@ def test_update_equals_oracle_step():
             scored = micro_batch_log_probs(policy, views, run)
             (scored * coefficient[run.first_score : run.last_score].float()).sum().backward()
         step = oracle.espo_step(twin, optimizers[1], graded(), config, NOISE, update, old if update else None, reference)
-        assert metrics["loss"] == pytest.approx(step.loss, rel=1e-5)
+        assert metrics["loss"] == pytest.approx(step.loss, rel=2e-6)
         gradients = {name: parameter.grad for name, parameter in policy.named_parameters()}
         difference = math.sqrt(sum(float((gradients[name] - step.gradients[name]).norm() ** 2) for name in gradients))
         size = math.sqrt(sum(float(step.gradients[name].norm() ** 2) for name in gradients))
-        assert difference < 1e-5 * size
+        assert difference < 2e-6 * size
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         assert float(norm) == pytest.approx(step.grad_norm, rel=1e-5)
         optimizers[0].step()
         before = network().state_dict()
         moved = math.sqrt(sum(float((step.weights[name] - before[name]).norm() ** 2) for name in before))
         apart = math.sqrt(sum(float((value - step.weights[name]).norm() ** 2) for name, value in policy.state_dict().items()))
-        assert apart < 1e-3 * moved
+        assert apart < 1e-4 * moved
 
 
 def test_ratio_is_exactly_one_for_the_behavior_policy():

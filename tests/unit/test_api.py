@@ -71,7 +71,7 @@ def test_load_model_finds_the_newest_checkpoint_of_a_run(model, tmp_path):
         network.load_state_dict({name: scale * value for name, value in model.network.state_dict().items()})
         checkpoint = tmp_path / "checkpoints" / f"step_{step:05d}"
         save_network(network, checkpoint / "hf")
-        write_manifest(checkpoint, {"phase": "online"})
+        write_manifest(checkpoint, {"phase": "online", "step": step, "wall_s": 1.0})
     (tmp_path / "checkpoints" / "step_00003" / "hf").mkdir(parents=True)  # killed before it was sealed
     newest = rlhub.load_model(tmp_path)
     name = "model.transformer.wte.weight"

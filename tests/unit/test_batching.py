@@ -196,6 +196,8 @@ def test_shards_are_even():
     assert shard_rows(views, 3) == [(0, 8), (8, 16), (16, 24)]
     uneven = views_of([40, 5, 5, 5, 5, 5, 5, 5, 5], [1] * 9, prompt=0)
     assert shard_rows(uneven, 2) == [(0, 1), (1, 9)]
+    for lengths in ([90, 1, 1], [1, 1, 90]):
+        assert shard_rows(views_of(lengths, [1] * 3), 3) == [(0, 1), (1, 2), (2, 3)], "every learner gets a sample"
 
 
 def test_more_learners_than_samples_are_refused():

@@ -42,7 +42,7 @@ def test_a_failing_run_names_its_log(tmp_path: Path):
     file = tmp_path / "broken.yaml"
     arms = {"missing": ["model.path=nowhere", "run.phases=[online]"]}
     file.write_text(yaml.safe_dump({"recipe": str(RECIPES / "sort.yaml"), "seeds": [0], "arms": arms}))
-    with pytest.raises(RecipeError, match="run missing/seed0 failed .*seed0.log"):
+    with pytest.raises(RecipeError, match=r"run missing/seed0 failed .*seed0\.log"):
         run_experiment(file, tmp_path / "out")
 
 

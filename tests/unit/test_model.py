@@ -218,7 +218,7 @@ def test_a_missing_shard_and_a_damaged_index_are_named(folder):
 def sealed(run: Path, name: str, phase: str = "online") -> Path:
     folder = run / "checkpoints" / name
     save_network(make(), folder / "hf")
-    write_manifest(folder, {"phase": phase})
+    write_manifest(folder, {"phase": phase, "step": int(name[-5:]), "wall_s": 1.0})
     return folder
 
 

@@ -1,5 +1,6 @@
 """What turns gradients into weights. A backend is built as `Backend(network, optimizer_config, total_steps, learner_config)` and has
 
+forward(function)           function(network); every rank must make the same number of calls
 backward(loss)              accumulate gradients of a scalar; any number of calls before
 step() -> (grad_norm, lr)   which clips, updates and clears
 network                     the module whose parameters are trained

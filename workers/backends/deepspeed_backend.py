@@ -7,6 +7,7 @@ DeepSpeed averages gradients over ranks, so callers scale their part of a global
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -36,8 +37,11 @@ class Backend:
             "zero_force_ds_cpu_optimizer": False,
             "zero_allow_untested_optimizer": True,
         }
-        self.engine, _, _, _ = deepspeed.initialize(model=network, optimizer=optimizer, lr_scheduler=scheduler, config=settings)
-        self.network = self.engine.module
+        self.network = network
+        self.engine, _, _, _ = deepspeed.initialize(model=_Callable(network), optimizer=optimizer, lr_scheduler=scheduler, config=settings)
+
+    def forward(self, function: Callable[[torch.nn.Module], Tensor]) -> Tensor:
+        return self.engine(function)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
@@ -60,6 +64,17 @@ class Backend:
         path, _ = self.engine.load_checkpoint(str(folder), tag="state")
         if path is None:
             raise FileNotFoundError(f"no DeepSpeed state in {folder}")
+
+
+class _Callable(torch.nn.Module):
+    """Lets a function use the network inside a forward call of the engine, which prepares gathering and accumulation there."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, function: Callable[[torch.nn.Module], Tensor]) -> Tensor:
+        return function(self.network)
 
 
 def import_deepspeed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -18,6 +19,9 @@ class Backend:
     def __init__(self, network: torch.nn.Module, config: OptimizerConfig, total_steps: int, learner: LearnerConfig) -> None:
         self.network, self.config = network, config
         self.optimizer, self.scheduler = adamw(network, config, total_steps)
+
+    def forward(self, function: Callable[[torch.nn.Module], Tensor]) -> Tensor:
+        return function(self.network)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
