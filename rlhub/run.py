@@ -123,11 +123,12 @@ def _open_folder(recipe: Recipe, folder: Path) -> bool:
                     "choose another run.name, nothing was overwritten"
                 )
         return True
-    if folder.exists() and any(folder.iterdir()) and not saved.exists():
+    if folder.exists() and not saved.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
         raise RecipeError(f"{folder} is not empty and holds no run; choose another run.name, nothing was overwritten")
     plan = make_plan(recipe)
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    # The recipe comes first: a start that is killed from here on leaves a folder that the next one recognises.
     replace_text(saved, dump_recipe(recipe))
+    (folder / "logs").mkdir(exist_ok=True)
     replace_text(folder / "plan.txt", format_plan(plan) + "\n")
     replace_text(folder / "plan.json", json.dumps(plan.to_dict(), indent=2) + "\n")
     shutil.rmtree(folder / "first_model", ignore_errors=True)
