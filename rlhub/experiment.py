@@ -63,6 +63,7 @@ class Job:
     recipe: str
     folder: Path
     overrides: tuple[str, ...]
+    needs: str | None = None  # name of the run that must have finished before
 
     @property
     def name(self) -> str:
@@ -103,8 +104,7 @@ def run_experiment(path: Path, output: Path | None = None, console: Console | No
         # An arm's base does not exist yet, so everything but the model's path is checked.
         load_recipe(job.recipe, [override for override in job.overrides if not override.startswith("model.path=")])
     started = time.time()
-    _run_all(bases, experiment.parallel, console)
-    _run_all(arms, experiment.parallel, console)
+    _run_all([*bases, *arms], experiment.parallel, console)
     write_results(experiment, arms, output, time.time() - started, console)
     return output
 
@@ -139,31 +139,29 @@ def write_results(experiment: Experiment, jobs: list[Job], output: Path, seconds
 def _job(experiment: Experiment, recipe: str, output: Path, arm: str, seed: int, options: list[str]) -> Job:
     folder = output / arm / f"seed{seed}"
     overrides = [*experiment.common, *options, f"run.seed={seed}", f"run.output_dir={output / arm}", f"run.name=seed{seed}"]
-    if experiment.base and arm != BASE:
-        overrides.append(f"model.path={output / BASE / f'seed{seed}'}")
-    return Job(arm, seed, recipe, folder, tuple(overrides))
+    if not experiment.base or arm == BASE:
+        return Job(arm, seed, recipe, folder, tuple(overrides))
+    base = f"{BASE}/seed{seed}"
+    return Job(arm, seed, recipe, folder, (*overrides, f"model.path={output / base}"), needs=base)
 
 
 def _run_all(jobs: list[Job], parallel: int, console: Console) -> None:
-    """Run jobs in processes of their own, `parallel` at a time, with one bar that follows their metrics."""
-    if not jobs:
-        return
+    """Run jobs in processes of their own, `parallel` at a time, as soon as what they need has finished, with one bar for all."""
     bars = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[note]}")]
     with ThreadPoolExecutor(parallel) as pool, Progress(*bars, TimeElapsedColumn(), console=console) as progress:
         total = progress.add_task("runs", total=len(jobs), note="")
-        futures: dict[Future, Job] = {pool.submit(_run_one, job): job for job in jobs}
-        pending = set(futures)
-        try:
-            while pending:
-                done, pending = wait(pending, timeout=2.0, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                    progress.advance(total)
-                running = [f"{job.name} {_where(job)}" for future, job in futures.items() if future.running()]
-                progress.update(total, note=", ".join(running))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        waiting, finished = list(jobs), {None}
+        running: dict[Future, Job] = {}
+        while waiting or running:
+            for job in [job for job in waiting if job.needs in finished][: parallel - len(running)]:
+                waiting.remove(job)
+                running[pool.submit(_run_one, job)] = job
+            done, _ = wait(running, timeout=2.0, return_when=FIRST_COMPLETED)
+            for future in done:
+                finished.add(running.pop(future).name)
+                future.result()
+                progress.advance(total)
+            progress.update(total, note=", ".join(f"{job.name} {_where(job)}" for job in running.values()))
 
 
 def _run_one(job: Job) -> None:
