@@ -166,17 +166,21 @@ def export(run: Path, out: Path) -> None:
 
 @main.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
-def report(runs: tuple[Path, ...]) -> None:
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Also save the accuracy plot as PNG, SVG or PDF.")
+def report(runs: tuple[Path, ...], plot: Path | None) -> None:
     """Write a self-contained HTML report of one run, or a comparison of several.
 
     \b
     Examples:
       rlhub report runs/sort
       rlhub report runs/espo runs/diffu_grpo
+      rlhub report runs/quickstart --plot docs/quickstart.png
     """
-    from rlhub.report import write_report
+    from rlhub.report import save_accuracy_plot, write_report
 
     click.echo(write_report(list(runs)))
+    if plot is not None:
+        click.echo(save_accuracy_plot(list(runs), plot))
 
 
 @main.command()

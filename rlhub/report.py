@@ -17,10 +17,10 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from omegaconf import OmegaConf
 
-from rlhub.errors import CheckpointError
+from rlhub.errors import CheckpointError, DataError
 from rlhub.metrics import Row, Summary, read_metrics, replace_text, series, summarize
 from rlhub.parts import flatten
-from rlhub.plots import Group, draw_plots
+from rlhub.plots import PANELS, Group, draw_panel, draw_plots
 from rlhub.progress import accuracy_text, clock_text, describe_test_set, gain_text
 from rlhub.rollout_log import read_rollouts, rollout_files
 
@@ -61,6 +61,21 @@ def write_report(runs: Sequence[Path | str], output: Path | str | None = None) -
     target = Path(output) if output else loaded[0].path / "report.html"
     replace_text(target, render_report(loaded))
     return target
+
+
+def save_accuracy_plot(runs: Sequence[Path | str], file: Path) -> Path:
+    """Saves the held-out accuracy of one or more runs over their steps as a picture of its own; returns where it is.
+
+    Raises:
+        DataError: no run has an evaluation yet.
+    """
+    loaded = [load_run(Path(path)) for path in runs]
+    groups = [Group(name, [run.rows for run in members]) for name, members in grouped(loaded).items()]
+    plot = draw_panel(PANELS[0], groups, loaded[0].num_problems)
+    if plot is None:
+        raise DataError(f"{loaded[0].path} has no evaluation yet: there is nothing to plot")
+    plot.save(file)
+    return file
 
 
 def render_report(runs: Sequence[Run]) -> str:

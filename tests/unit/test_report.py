@@ -15,7 +15,7 @@ from rlhub.config import Recipe
 from rlhub.errors import CheckpointError, DataError
 from rlhub.metrics import MetricsLog, summarize
 from rlhub.plots import PANELS, Group, draw_panel, over_seeds, smoothed
-from rlhub.report import Run, differences, dump_view, group_name, write_report
+from rlhub.report import Run, differences, dump_view, group_name, save_accuracy_plot, write_report
 from rlhub.rollout_log import dump_rollouts, read_rollouts, rollout_files, rollout_path
 from rlhub.types import NEVER, RewardResult, Rollout
 
@@ -287,3 +287,14 @@ def test_a_panel_can_be_saved_as_png(tmp_path: Path) -> None:
 def test_run_without_recipe_counts_as_finished(tmp_path: Path) -> None:
     run = Run(tmp_path, {}, [{"phase": "online", "step": 1}], None)
     assert run.group == tmp_path.name and run.num_problems is None
+
+
+def test_accuracy_plot_is_saved_and_a_run_without_evaluation_is_refused(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    log = MetricsLog(run / "metrics.jsonl")
+    with pytest.raises(DataError, match="no evaluation yet"):
+        save_accuracy_plot([run], tmp_path / "accuracy.png")
+    for step in (0, 10):
+        log.write({"phase": "online", "step": step, "eval/accuracy": step / 20, "eval/num_problems": 512})
+    assert save_accuracy_plot([run], tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
