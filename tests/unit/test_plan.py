@@ -39,7 +39,7 @@ def test_there_are_complete_recipes():
 
 
 def test_rows_and_forwards_of_a_step():
-    plan = plan_of("algorithm.updates=4", "algorithm.views.draws=3")
+    plan = plan_of("run.steps=60", "algorithm.updates=4", "algorithm.views.draws=3")
     scored = 16 * 8 * 6  # sequences x draws x two halves
     assert plan.batch.sequences == 128
     assert plan.batch.two_pass  # 768 rows of 16 tokens do not fit into 4096 tokens
