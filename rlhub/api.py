@@ -105,13 +105,13 @@ def generate(
     Raises:
         ValueError: the settings do not fit together or a prompt is too long.
     """
-    from workers.engines.torch_engine import TorchEngine
+    from workers.engines.torch_engine import Engine
 
     if isinstance(prompts, str):
         raise UserError("prompts is one text; give a list of prompts")
     settings = SamplerConfig(name=sampler, length=length, steps=steps, block_length=block_length, temperature=temperature)
     requests = [Request(uid=row, group_uid=row, prompt_ids=ids) for row, ids in enumerate(_prompt_ids(model, prompts))]
-    engine = TorchEngine(model.network, model.device)
+    engine = Engine(model.network, model.device)
     done = itertools.count(1)
     with RunProgress(enabled=progress) as bar:
         bar.phase("generate", total=steps * math.ceil(len(requests) / engine.max_rows))

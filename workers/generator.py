@@ -44,7 +44,7 @@ class Generator(GroupMember):
             torch.set_num_threads(threads)
         self.noise = Noise(run_seed)
         self.network = load_network(Path(model_path), getattr(torch, dtype)).to(device)
-        self.engine = importlib.import_module(f"workers.engines.{engine}").TorchEngine(self.network, device, max_rows)
+        self.engine = importlib.import_module(f"workers.engines.{engine}").Engine(self.network, device, max_rows)
         self.version = -1
 
     def generate(self, requests: Sequence[Request], settings: SamplerConfig, version: int) -> list[Rollout]:

@@ -36,7 +36,7 @@ from rlhub.pipeline import ONLINE, issue
 from rlhub.rollout_log import read_rollouts, rollout_path
 from rlhub.run import train
 from rlhub.types import Batch, RewardResult
-from workers.engines.torch_engine import TorchEngine
+from workers.engines.torch_engine import Engine
 from workers.learner import Learner
 from workers.placement import Crew, assemble, gather
 from workers.ray_runtime import RayHandle, RayRuntime
@@ -321,7 +321,7 @@ def expected(crew: Crew, model: Path) -> list[list[int]]:
     """The same by the learner's weights in this process."""
     network = load_network(model)
     load_buckets(network.state_dict(), learner_buckets(crew), crew.bucket_bytes)
-    rollouts = TorchEngine(network).generate(some_requests(), crew.recipe.sampler, Noise(0))
+    rollouts = Engine(network).generate(some_requests(), crew.recipe.sampler, Noise(0))
     return [rollout.completion_ids.tolist() for rollout in rollouts]
 
 

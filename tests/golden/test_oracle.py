@@ -21,7 +21,7 @@ from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import Noise
 from rlhub.scoring import micro_batch_log_probs, token_log_probs
 from rlhub.types import Request, RewardResult, Rollout
-from workers.engines.torch_engine import TorchEngine
+from workers.engines.torch_engine import Engine
 
 MASK, EOS, VOCAB, LENGTH = 0, 1, 14, 12
 NEAR_TIE = 1e-5  # nats; below it two exact fp32 implementations may decide differently
@@ -81,7 +81,7 @@ def test_engine_equals_oracle(early_stop, eos):
     near_ties, compared = [], 0
     for name, schedule, temperature in GRID if (early_stop, eos) == STOPS[0] else SHORT_GRID:
         expected = specified(name, *schedule, temperature, early_stop, eos)
-        produced = TorchEngine(network()).generate(requests(), settings_of(expected), NOISE)
+        produced = Engine(network()).generate(requests(), settings_of(expected), NOISE)
         for rollout, (wanted, margin) in zip(produced, expected, strict=True):
             if margin < NEAR_TIE:
                 near_ties.append((name, schedule, temperature, wanted.uid, margin))
@@ -106,7 +106,7 @@ def settings_of(expected: tuple[tuple[Rollout, float], ...]) -> SamplerConfig:
 def test_a_rollout_does_not_depend_on_its_batch(order, max_rows, case, stop):
     name, schedule, temperature = case
     expected = specified(name, *schedule, temperature, *stop)
-    produced = TorchEngine(network(), max_rows=max_rows).generate([requests()[row] for row in order], settings_of(expected), NOISE)
+    produced = Engine(network(), max_rows=max_rows).generate([requests()[row] for row in order], settings_of(expected), NOISE)
     for row, rollout in zip(order, produced, strict=True):
         wanted, margin = expected[row]
         if margin >= NEAR_TIE:
@@ -152,7 +152,7 @@ def published_generate(prompt: list[int], steps: int, block_length: int, tempera
 @pytest.mark.parametrize(("steps", "block_length"), [(12, 12), (6, 4), (5, 12), (12, 3)])
 def test_low_confidence_is_the_published_procedure(steps, block_length, temperature):
     config = sampler("low_confidence", steps, block_length, temperature, early_stop="off")
-    produced = TorchEngine(network()).generate(requests(), config, NOISE)
+    produced = Engine(network()).generate(requests(), config, NOISE)
     for request, rollout in zip(requests(), produced, strict=True):
         specified_rollout, margin = oracle.generate(network(), request, config, NOISE)
         published = published_generate(request.prompt_ids.tolist(), steps, block_length, temperature, request.uid)
@@ -168,7 +168,7 @@ def test_ties_go_to_the_lower_position_then_the_lower_token(name):
     flat.model["transformer"]["ff_out"].weight.data.zero_()
     config = sampler(name, 4, 12, 0.0, early_stop="off")
     expected, margin = oracle.generate(flat, requests()[0], config, NOISE)
-    (produced,) = TorchEngine(flat).generate(requests()[:1], config, NOISE)
+    (produced,) = Engine(flat).generate(requests()[:1], config, NOISE)
     assert margin == 0
     assert_same(produced, expected)
     assert expected.completion_ids.tolist() == [EOS] * LENGTH  # the lowest id that is not the mask
@@ -199,7 +199,7 @@ def test_eos_policies_and_early_stop_bite():
 def test_too_long_a_prompt_is_refused():
     short = LLaDA(Config(d_model=8, n_layers=1, n_heads=2, mlp_hidden_size=8, vocab_size=VOCAB, max_sequence_length=15))
     with pytest.raises(ValueError, match="prompt of 4 tokens plus a canvas of 12 exceeds the model's context of 15"):
-        TorchEngine(short).generate(requests()[:2], sampler(), NOISE)
+        Engine(short).generate(requests()[:2], sampler(), NOISE)
 
 
 # ------------------------------------------------------------------------------------------------------------------- the race
@@ -250,7 +250,7 @@ def test_engine_draws_from_the_softmax():
     """120 000 positions through the whole engine, each with its own key."""
     config = SamplerConfig("random", 2000, 1, 2000, temperature=0.9, early_stop="off", eos="never")
     uids = range(60)
-    rollouts = TorchEngine(ConstantModel()).generate([Request(uid, uid, np.array([2], dtype=np.int32)) for uid in uids], config, NOISE)
+    rollouts = Engine(ConstantModel()).generate([Request(uid, uid, np.array([2], dtype=np.int32)) for uid in uids], config, NOISE)
     tokens = np.concatenate([rollout.completion_ids for rollout in rollouts]) - 2
     assert tokens.min() >= 0
     assert chi_square(np.bincount(tokens, minlength=len(LOGITS)), tempered(0.9)) < CHI_SQUARE_5
@@ -263,7 +263,7 @@ def test_engine_keeps_the_tail():
     logits = np.log([0.92, *[1e-4] * 800])
     config = SamplerConfig("random", 1000, 1, 1000, temperature=1.0, early_stop="off", eos="never")
     made = [Request(uid, uid, np.array([2], dtype=np.int32)) for uid in range(20)]
-    rollouts = TorchEngine(ConstantModel(logits), max_rows=1).generate(made, config, NOISE)
+    rollouts = Engine(ConstantModel(logits), max_rows=1).generate(made, config, NOISE)
     tokens = np.concatenate([rollout.completion_ids for rollout in rollouts]) - 2
     assert abs((tokens == 0).sum() - 0.92 * 20_000) < 5 * (0.92 * 0.08 * 20_000) ** 0.5
     assert len(np.unique(tokens)) > 600, "the rare tokens all take part: 693 of 800 are expected"
@@ -375,7 +375,7 @@ def graded(groups: int = 3, members: int = 4) -> tuple[Rollout, ...]:
     for group in range(groups):
         prompt = random.integers(2, VOCAB, 3 + group).astype(np.int32)
         made += [Request(group << 12 | member, group, prompt) for member in range(members)]
-    rollouts = TorchEngine(network()).generate(made, sampler("random", 6, 6, early_stop="fill_eos"), NOISE)
+    rollouts = Engine(network()).generate(made, sampler("random", 6, 6, early_stop="fill_eos"), NOISE)
     failed = {1, 8, 9, 11}
     return tuple(
         rollout.graded(RewardResult(float(values[index]), "timeout" if index in failed else "ok"))
@@ -509,7 +509,7 @@ def test_number_of_forwards():
     """K for a rollout and 2 M rows for one evaluation of its likelihood, less the empty halves (fact sheet, oracle R)."""
     stub = ConstantModel()
     settings = SamplerConfig("random", 8, 4, 8, early_stop="off", eos="never")
-    rollouts = TorchEngine(stub).generate([Request(uid, 0, np.array([3], dtype=np.int32)) for uid in range(6)], settings, NOISE)
+    rollouts = Engine(stub).generate([Request(uid, 0, np.array([3], dtype=np.int32)) for uid in range(6)], settings, NOISE)
     assert stub.rows == 6 * 4 == sum(rollout.num_forwards for rollout in rollouts)
     assert stub.positions == 6 * (8 + 6 + 4 + 2), "logits only where the active block is masked"
     algorithm = Algorithm.compose(espo(views={"name": "coupled", "draws": 5}))

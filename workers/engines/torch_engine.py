@@ -23,7 +23,7 @@ from rlhub.scoring import to_device
 from rlhub.types import NEVER, Request, Rollout
 
 
-class TorchEngine:
+class Engine:
     """Generates completions with a `denoise`/`head` model.
 
     Args:
