@@ -205,10 +205,8 @@ class Learner(GroupMember):
         with self.backend.full_parameters():
             pass
 
-    def receipt(self, version: int, bucket_bytes: int) -> Receipt | None:
-        """What a receiver of these weights must hold; rank 0 answers, the others only take part in gathering sharded parameters."""
-        if self.rank > 0 and self.config.zero_stage < 3:
-            return None
+    def receipt(self, version: int, bucket_bytes: int) -> Receipt:
+        """What a receiver of these weights must hold."""
         with self.backend.full_parameters():
             return receipt_of(self.network, version, bucket_bytes)
 
