@@ -176,10 +176,12 @@ def report(runs: tuple[Path, ...], plot: Path | None) -> None:
       rlhub report runs/espo runs/diffu_grpo
       rlhub report runs/quickstart --plot docs/quickstart.png
     """
-    from rlhub.report import save_accuracy_plot, write_report
+    from rlhub.report import write_report
 
     click.echo(write_report(list(runs)))
     if plot is not None:
+        from rlhub.report import save_accuracy_plot
+
         click.echo(save_accuracy_plot(list(runs), plot))
 
 
