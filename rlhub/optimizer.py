@@ -8,7 +8,8 @@ from rlhub.config import OptimizerConfig
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Multiplier of the learning rate at optimizer step `step` (0-based): linear warm-up, then constant, linear or cosine to the end.
+    """Multiplier of the learning rate at optimizer step `step` (0-based): linear warm-up, then constant, or linear, cosine or polynomial
+    (`power`) decay to the end.
 
     Raises:
         ValueError: unknown schedule.
@@ -22,6 +23,8 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
         return 1.0
     if config.schedule == "linear":
         return 1.0 - (1.0 - floor) * progress
+    if config.schedule == "polynomial":
+        return floor + (1.0 - floor) * (1.0 - progress) ** config.power
     if config.schedule == "cosine":
         return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
-    raise ValueError(f"schedule must be constant, linear or cosine, got {config.schedule!r}")
+    raise ValueError(f"schedule must be constant, linear, cosine or polynomial, got {config.schedule!r}")

@@ -53,7 +53,7 @@ def test_rows_and_forwards_of_a_step():
     }
     assert plan.forwards_per_step == 128 * 8 + (8 + 3 + 4) * scored
     assert plan.tokens_per_step == 16 * plan.forwards_per_step
-    assert plan.optimizer_steps == {"sft": 800, "online": 240}
+    assert plan.optimizer_steps == {"sft": 1000, "online": 240}
 
 
 def test_views_kept_over_updates_are_scored_once_by_fixed_policies():
