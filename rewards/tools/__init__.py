@@ -1,0 +1,1 @@
+"""What several rewards use and what is not a reward itself."""
