@@ -14,12 +14,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhub.types import Credit, LogLikelihood
+from rlhub.types import Credit, LogLikelihood, Scores
 
 
 def valid_mean(per_sample: Tensor, credit: Credit) -> Tensor:
     """Mean over valid samples of a `[B]` tensor."""
     return (per_sample * credit.valid).sum() / credit.valid.sum().clamp(min=1)
+
+
+def by_pair(per_sample: Tensor, scores: Scores, credit: Credit, objective: str) -> tuple[Tensor, Tensor]:
+    """Chosen and rejected entries [N] of a `[B]` tensor, by `credit.pairs`.
+
+    Raises:
+        ValueError: the credit holds no pairs, or the likelihood is not one of sequences.
+    """
+    if credit.pairs is None:
+        raise ValueError(f"{objective} needs preference pairs: use an advantage that makes them, such as best_worst")
+    if scores.policy.granularity != "sequence":
+        raise ValueError(f"{objective} needs a sequence likelihood, got one per {scores.policy.granularity}")
+    return per_sample[credit.pairs[:, 0]], per_sample[credit.pairs[:, 1]]
+
+
+def pair_metrics(objective: str, chosen: Tensor, rejected: Tensor) -> dict[str, float]:
+    """Number of pairs, share of those that are ranked right, and the mean margin; `chosen` and `rejected` are [N]."""
+    metrics = {"pairs": float(len(chosen))}
+    if len(chosen):
+        metrics |= {
+            f"{objective}/accuracy": (chosen > rejected).double().mean().item(),
+            f"{objective}/margin": (chosen - rejected).mean().item(),
+            f"{objective}/chosen": chosen.mean().item(),
+            f"{objective}/rejected": rejected.mean().item(),
+        }
+    return metrics
 
 
 def spread(credit: Credit, likelihood: LogLikelihood) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhub.objectives import by_pair, pair_metrics
 from rlhub.types import Credit, Scores
 
 NEEDS = ("reference",)
@@ -27,21 +28,9 @@ def loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor, dict[s
     Raises:
         ValueError: the credit holds no pairs, or the likelihood is not one of sequences.
     """
-    if credit.pairs is None:
-        raise ValueError("dpo needs preference pairs: use an advantage that makes them, such as best_worst")
-    if scores.policy.granularity != "sequence":
-        raise ValueError(f"dpo needs a sequence likelihood, got one per {scores.policy.granularity}")
     gain = config.beta * (scores.policy.value - scores.reference.value.detach())
-    chosen, rejected = gain[credit.pairs[:, 0]], gain[credit.pairs[:, 1]]
+    chosen, rejected = by_pair(gain, scores, credit, "dpo")
     margin = chosen - rejected
     kept, flipped = F.logsigmoid(margin), F.logsigmoid(-margin)
     per_pair = -(1 - config.label_smoothing) * kept - config.label_smoothing * flipped
-    metrics = {"pairs": float(len(margin))}
-    if len(margin):
-        metrics |= {
-            "dpo/accuracy": (margin > 0).double().mean().item(),
-            "dpo/margin": margin.mean().item(),
-            "dpo/chosen": chosen.mean().item(),
-            "dpo/rejected": rejected.mean().item(),
-        }
-    return per_pair.sum() / max(len(margin), 1), metrics
+    return per_pair.sum() / max(len(margin), 1), pair_metrics("dpo", chosen, rejected)

@@ -22,9 +22,7 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
     rows = []
     for sample, span in enumerate(batch.span.tolist()):
         for draw in range(config.draws):
-            hidden = noise.uniform(
-                len(batch.prompts[sample]), uid=int(batch.uid[sample]), epoch=batch.epoch, update=update, draw=draw
-            )
+            hidden = noise.uniform(len(batch.prompts[sample]), uid=int(batch.uid[sample]), epoch=batch.epoch, update=update, draw=draw)
             rows.append(Row(sample, draw, np.ones(span, dtype=bool), prompt_masked=hidden < config.prompt_mask))
     return build_views(batch, rows, config.draws)
 

@@ -11,22 +11,26 @@ from dataclasses import dataclass
 from rlhub.batching import Row, build_views
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
-from rlhub.views import mask_level
+from rlhub.views import check_draws, mask_level
 
 
 @dataclass(frozen=True)
 class Config:
     draws: int = 2
-    levels: str = "independent"  # independent | stratified: how the draws of one sample choose t
+    levels: str = "independent"  # independent | stratified: how the levels of one sample choose t
+    masks_per_level: int = 1  # n_y masks for each t; draws / masks_per_level levels
     epsilon: float = 1e-3  # the lowest mask probability
+
+    def __post_init__(self) -> None:
+        check_draws(self.draws, self.masks_per_level)
 
 
 def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
     """One row per draw; a draw that masks nothing contributes 0 and is left out."""
-    rows = []
+    rows, num_levels = [], config.draws // config.masks_per_level
     for sample, span in enumerate(batch.span.tolist()):
         for draw in range(config.draws):
-            level = mask_level(noise, batch, sample, draw, config.draws, update, config.levels)
+            level = mask_level(noise, batch, sample, draw // config.masks_per_level, num_levels, update, config.levels)
             probability = (1 - config.epsilon) * level + config.epsilon
             masked = noise.uniform(span, uid=int(batch.uid[sample]), epoch=batch.epoch, update=update, draw=draw) < probability
             if masked.any():
