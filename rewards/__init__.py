@@ -3,48 +3,63 @@
 A module of this folder, or of your own code, has
 
     Config                                          frozen dataclass with every option and its default
-    grade(prompt, completion, row, config)          -> RewardResult
+    grade(prompt, completion, row, config)          -> RewardResult, or a coroutine of one (`async def`)
 
-`prompt` is plain text or chat messages, `completion` is decoded text, `row` holds the columns of the task's example. The status is
-`unparsed` where there was nothing to grade (the value then follows the published rule) and `ok` otherwise; a grader that cannot do its
-work raises, and whoever called it records that. An answer is accurate when its value is 1.0.
+and may have, for graders that are faster in batches or slow to start,
+
+    grade_batch(items, config)                      -> list of RewardResult, one per (prompt, completion, row); may be `async def`
+    prepare(config)                                 loads models or data once in each process, outside of the deadlines
+    version(config)                                 -> str, what the grades depend on beside source and options (weights, data files)
+    batched(config)                                 -> bool, is `grade_batch` the better way with these options? Without it, yes
+    own_limits(config)                              -> bool, does it bound its time and memory itself (a model, a server with timeouts)?
+                                                       Then only the death of its process is dealt with from outside
+
+`prompt` is plain text or chat messages, `completion` is decoded text, `row` holds the columns of the task's example, and the column
+`rollout` what a price is put on: `{"num_tokens", "num_forwards", "length"}` (tokens through the first EOS, denoising forwards, canvas
+tokens). The status is `unparsed` where there was nothing to grade (the value then follows the published rule) and `ok` otherwise; a
+grader that cannot do its work raises, and whoever called it records that. An answer is accurate when its value is 1.0.
 
 A function is accepted too, from a module (`my_package.graders:brevity`) or a file (`grader.py:brevity`): either
-`f(prompt, completion, row, **options)` or TRL's `f(prompts, completions, **columns) -> list[float]`, as it is.
+`f(prompt, completion, row, **options)` or TRL's `f(prompts, completions, **columns) -> list[float]`, as it is; both may be `async def`.
+
+Tools that graders share live in `rewards.tools`; every module directly in this folder is a reward.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
-import math
+import json
 import pkgutil
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from omegaconf import OmegaConf
+from rewards.tools.grader import Grader, Item, Prompt, WrongCount, same_count
 
-from rlhub.types import RewardResult
-
-Prompt = str | list[dict[str, str]]
-Grader = Callable[[Prompt, str, dict[str, Any]], RewardResult]
+__all__ = ["Grader", "Item", "Prompt", "WrongCount", "check_answer", "column", "extract_answer", "load_grader"]
 
 ANSWERS = ("tags", "whole")
 
 
 def load_grader(part: dict[str, Any]) -> Grader:
-    """The grader that `{"name": ..., **options}` describes, as `grade(prompt, completion, row)`.
+    """The grader that `{"name": ..., **options}` describes: `grader(prompt, completion, row)` and `grader.grade_batch(items)`.
 
     Example:
         >>> load_grader({"name": "exact_match"})("2 1", "1 2", {"answer": "1 2"}).value
         1.0
+        >>> [result.value for result in load_grader({"name": "exact_match"}).grade_batch([("", "1 2", {"answer": "1 2"})] * 2)]
+        [1.0, 1.0]
 
     Raises:
         ValueError: no such reward, function, file or option.
@@ -56,7 +71,16 @@ def load_grader(part: dict[str, Any]) -> Grader:
     if ":" in name:
         return _function_grader(name, options)
     module = _module(name)
-    return partial(_grade_with, module.grade, _config(module, name, options))
+    config, optional = _config(module, name, options), vars(module)
+    wants_batches = "grade_batch" in optional and ("batched" not in optional or module.batched(config))
+    return Grader(
+        name,
+        one=partial(_grade_with, module.grade, config),
+        many=partial(_grade_batch_with, module.grade_batch, config) if wants_batches else None,
+        version=_version(module, options, module.version(config) if "version" in optional else ""),
+        prepare=partial(module.prepare, config) if "prepare" in optional else lambda: None,
+        own_limits="own_limits" in optional and module.own_limits(config),
+    )
 
 
 def extract_answer(completion: str, answer: str) -> str | None:
@@ -80,15 +104,37 @@ def column(row: dict[str, Any], name: str) -> Any:
     return row[name]
 
 
-def _grade_with(grade: Callable[..., RewardResult], config: Any, prompt: Prompt, completion: str, row: dict[str, Any]) -> RewardResult:
+def _grade_with(grade: Callable[..., Any], config: Any, prompt: Prompt, completion: str, row: dict[str, Any]) -> Any:
     return grade(prompt, completion, row, config)
+
+
+def _grade_batch_with(grade_batch: Callable[..., Any], config: Any, items: Sequence[Item]) -> Any:
+    return grade_batch(items, config)
+
+
+def _version(module: ModuleType, options: dict[str, Any], more: str) -> str:
+    source = Path(module.__file__).read_bytes() if module.__file__ else b""
+    described = json.dumps([_own_version(), module.__name__, options, more], sort_keys=True, default=repr)
+    return hashlib.sha256(described.encode() + source).hexdigest()[:16]
+
+
+@cache
+def _own_version() -> str:
+    """Of this folder, whose tools graders may use, and of rlhub."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    try:
+        return f"{package_version('rlhub')} {digest.hexdigest()}"
+    except PackageNotFoundError:  # a checkout that is not installed, e.g. a working directory sent to a cluster
+        return digest.hexdigest()
 
 
 def _module(name: str) -> ModuleType:
     if "." in name:
         path = name
     else:
-        known = [module.name for module in pkgutil.iter_modules(__path__)]
+        known = [module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg]
         if name not in known:
             raise ValueError(f"unknown reward {name!r}{_nearest(name, known)}; rewards: {', '.join(known)}")
         path = f"{__name__}.{name}"
@@ -105,6 +151,10 @@ def _config(module: ModuleType, name: str, options: dict[str, Any]) -> Any:
         if key not in known:
             raise ValueError(f"reward {name}: unknown option {key!r}{_nearest(key, known)}; options: {', '.join(known) or 'none'}")
     try:
+        if not options:  # OmegaConf takes a tenth of a second to import, and most rewards of a run have none
+            return module.Config()
+        from omegaconf import OmegaConf
+
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(module.Config), options))
     except ValueError as error:
         raise ValueError(f"reward {name}: {_one_line(error)}") from error
@@ -122,37 +172,26 @@ def _function_grader(name: str, options: dict[str, Any]) -> Grader:
     for key in options:
         if not open_ended and key not in parameters:
             raise ValueError(f"reward {name}: unknown option {key!r}{_nearest(key, list(parameters))}")
-    if "completions" in parameters:
-        accepted = None if open_ended else frozenset(parameters)
-        return partial(_grade_with_trl, partial(function, **options), accepted)
-    return partial(_grade_with_function, partial(function, **options))
+    bound, version = partial(function, **options), _version(module, {"function": function_name, **options}, "")
+    if "completions" not in parameters:
+        return Grader(name, one=bound, version=version)
+    many = partial(_grade_with_trl, bound, None if open_ended else frozenset(parameters), name)
+    return Grader(name, one=partial(_first_of, many), many=many, version=version)
 
 
-def _grade_with_function(function: Callable[..., Any], prompt: Prompt, completion: str, row: dict[str, Any]) -> RewardResult:
-    return _result(function(prompt, completion, row))
+async def _first_of(many: Callable[[Sequence[Item]], Any], prompt: Prompt, completion: str, row: dict[str, Any]) -> Any:
+    return (await many([(prompt, completion, row)]))[0]
 
 
-def _grade_with_trl(
-    function: Callable[..., Any], accepted: frozenset[str] | None, prompt: Prompt, completion: str, row: dict[str, Any]
-) -> RewardResult:
+async def _grade_with_trl(function: Callable[..., Any], accepted: frozenset[str] | None, name: str, items: Sequence[Item]) -> list[Any]:
+    """Calls `f(prompts, completions, **columns)`; a column that only some rows have is None in the others."""
     # TRL hands conversational data to the function as messages, plain data as text.
-    answer = completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
-    arguments = {**{name: [value] for name, value in row.items()}, "prompts": [prompt], "completions": [answer]}
-    values = function(**{name: value for name, value in arguments.items() if accepted is None or name in accepted})
-    if len(values) != 1:
-        raise ValueError(f"a TRL-style reward must return one value per completion, got {len(values)} for 1")
-    return _result(values[0])
-
-
-def _result(value: Any) -> RewardResult:
-    if isinstance(value, RewardResult):
-        return value
-    if value is None:
-        return RewardResult(math.nan, "rejected", "the grader returned None")
-    number = float(value)
-    if not math.isfinite(number):
-        return RewardResult(number, "rejected", f"the grader returned {number}")
-    return RewardResult(number)
+    answers = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}] for prompt, text, _ in items]
+    columns = dict.fromkeys(key for _, _, row in items for key in row)
+    arguments = {key: [row.get(key) for _, _, row in items] for key in columns}
+    arguments |= {"prompts": [prompt for prompt, _, _ in items], "completions": answers}
+    values = function(**{key: value for key, value in arguments.items() if accepted is None or key in accepted})
+    return same_count(await values if inspect.isawaitable(values) else values, len(items), name)
 
 
 def _import(path: str, name: str) -> ModuleType:
@@ -168,8 +207,10 @@ def _import(path: str, name: str) -> ModuleType:
 def _import_file(path: str) -> ModuleType:
     if not Path(path).is_file():
         raise ValueError(f"reward file not found: {path}; give the path from the folder in which rlhub was started")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    digest = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(f"{Path(path).stem}_{digest}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
     spec.loader.exec_module(module)
     return module
 

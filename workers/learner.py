@@ -25,7 +25,7 @@ from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig
 from rlhub.health import health_metrics
 from rlhub.noise import Noise
 from rlhub.scoring import micro_batch_log_probs
-from rlhub.types import Batch, Receipt, Views
+from rlhub.types import Batch, LogLikelihood, Receipt, Views
 from workers.sync import buckets_of, receipt_of
 from workers.transports.collective import GroupMember, open_store, send_state
 
@@ -96,15 +96,21 @@ class Learner(GroupMember):
     def make_views(self, batch: Batch) -> list[Views]:
         """The views of every inner update of a batch; views that do not change between updates are made once."""
         credit = self.algorithm.credit(batch)
-        fresh = self.algorithm.config.updates if self.algorithm.config.fresh_views == "update" else 1
-        return [self.algorithm.make_views(batch, credit, self.noise, update) for update in range(fresh)]
+        return [self.algorithm.make_views(batch, credit, self.noise, update) for update in range(self.algorithm.num_views)]
 
-    def step(self, batch: Batch, views: list[Views] | None = None, *reference: dict[int, Tensor]) -> dict[str, float]:
+    def estimate(self, algorithm: AlgorithmConfig, batch: Batch) -> LogLikelihood:
+        """The policy's estimate for a batch under the first views of an algorithm, which need not be the one that is trained."""
+        parts = Algorithm.compose(algorithm)
+        credit = parts.credit(batch)
+        views = parts.make_views(batch, credit, self.noise, 0)
+        return parts.estimate(self._all_log_probs(views), views, credit)
+
+    def step(self, batch: Batch, views: list[Views] | None = None, *reference: dict[int, Tensor | LogLikelihood]) -> dict[str, float]:
         """All inner updates on one batch.
 
         Args:
             views: what `make_views` returned; made here when None.
-            reference: log-probs `[M]` under the reference by index into `views`, in any number of parts.
+            reference: log-probs `[M]` or ready estimates of the reference by index into `views`, in any number of parts.
 
         Returns:
             Metrics of the last update, with the gradient norm averaged over updates.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rlhub.types import Receipt
 from workers.generator import Generator
 from workers.learner import Learner
 from workers.reward import RewardWorker
+from workers.reward_pool import longest_call
 from workers.runtime import Handle, LocalRuntime, Resources, Runtime
 from workers.scorer import Scorer
 from workers.supervisor import Pool
@@ -30,6 +31,7 @@ class Crew:
     graders: Pool
     transport: Any
     bucket_bytes: int
+    sync_timeout: float | None = None  # seconds
     version: int = -1
     last_receipt: Receipt | None = field(default=None)
 
@@ -47,7 +49,7 @@ class Crew:
     def publish(self, version: int) -> Receipt:
         """Give every generator the learners' weights as `version` and compare receipts.
 
-        A generator that is being rebuilt is left out; it is brought up to date when it is readmitted.
+        A generator that is being rebuilt or does not answer in time is left out; it is brought up to date when it is readmitted.
 
         Raises:
             SyncError: a generator holds something else than the learners.
@@ -55,7 +57,11 @@ class Crew:
         self.version = version
         receipts = self.transport.push(self.generators.handles, version)
         self.last_receipt = self.learn("receipt", version, self.bucket_bytes)
+        handles = {handle.name: handle for handle in self.generators.handles}
         for name, future in receipts.items():
+            if not self.runtime.wait([future], timeout=self.sync_timeout):
+                self.runtime.restart(handles[name])
+                continue
             try:
                 self._check(name, self.runtime.get(future))
             except WorkerLost:
@@ -121,7 +127,7 @@ def demands(recipe: Recipe) -> dict[str, Resources]:
         "learner": Resources(roles.threads, roles.gpus_per_learner),
         "scorer": Resources(roles.threads, roles.gpus_per_scorer),
         "generator": Resources(roles.threads, roles.gpus_per_generator, restarts=-1),
-        "reward": Resources(1, 0, restarts=-1),
+        "reward": Resources(1, roles.gpus_per_reward_worker, restarts=-1),
     }
 
 
@@ -191,9 +197,8 @@ def _spawn_all(recipe: Recipe, model_path: Path, runtime: Runtime, wanted: dict[
         spawn("generator", index, Generator, roles.gpus_per_generator, model_path=str(model_path), run_seed=recipe.run.seed, **shared)
         for index in range(roles.generators)
     ]
-    deadline = recipe.reward_pool.deadline_seconds
     graders = [
-        spawn("reward", index, RewardWorker, part=recipe.task.reward, deadline_seconds=deadline) for index in range(roles.reward_workers)
+        spawn("reward", index, RewardWorker, part=recipe.task.reward, **asdict(recipe.reward_pool)) for index in range(roles.reward_workers)
     ]
     gather(runtime, [runtime.ping(handle) for handle in (*learners, *scorers, *generators, *graders)])
     if recipe.learner.backend == "deepspeed" or roles.learners > 1:
@@ -207,8 +212,9 @@ def _spawn_all(recipe: Recipe, model_path: Path, runtime: Runtime, wanted: dict[
         runtime,
         learners,
         scorers,
-        generators=Pool(runtime, generators),
-        graders=Pool(runtime, graders, deadline=2 * deadline + 5.0 if recipe.run.runtime == "ray" else None, attempts=2),
+        generators=Pool(runtime, generators, deadline=roles.generate_timeout_seconds if recipe.run.runtime == "ray" else None),
+        graders=Pool(runtime, graders, deadline=longest_call(recipe.reward_pool) if recipe.run.runtime == "ray" else None, attempts=2),
         transport=transport,
         bucket_bytes=int(recipe.weights.bucket_megabytes * 2**20),
+        sync_timeout=recipe.weights.timeout_seconds if recipe.run.runtime == "ray" else None,
     )

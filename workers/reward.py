@@ -1,68 +1,37 @@
-"""The reward worker: grades completions with the graders that a recipe names."""
+"""The reward worker: grades completions with the reward that a recipe names."""
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
-from rewards import load_grader
+from rewards import Item
+from rlhub.config import RewardPoolConfig
 from rlhub.types import RewardResult
+from workers.reward_pool import RewardPool
 
 
 class RewardWorker:
-    """One reward worker. A grader that raises gives status `crashed`, one that passes the deadline `timeout`.
+    """One reward worker with its grading processes. A grader that raises or dies gives status `crashed`, one that passes its deadline
+    `timeout`.
 
     Args:
         part: the recipe's `task.reward`.
-        deadline_seconds: of one completion. Code that does not return to Python is beyond it; the pool ends its process.
+        options: fields of the recipe's `reward_pool`.
+
+    Raises:
+        UserError: the grader cannot be loaded.
     """
 
-    def __init__(self, part: dict[str, Any], deadline_seconds: float) -> None:
-        self.grader, self.deadline_seconds = load_grader(part), deadline_seconds
+    def __init__(self, part: dict[str, Any], **options: Any) -> None:
+        self.config = RewardPoolConfig(**options)
+        self.pool = RewardPool(part, self.config)
 
-    def grade(self, items: Sequence[tuple[str, str, dict[str, Any]]]) -> list[RewardResult]:
-        """One result per `(prompt, completion, columns)`, in order, for as many as begin within one deadline.
+    def grade(self, items: Sequence[Item]) -> list[RewardResult]:
+        """One result per `(prompt, completion, columns)`, in order, for the first ones that began within one deadline.
 
-        So a call takes at most two deadlines, and one that takes longer hangs.
+        So a call with many slow items ends soon, and the rest can be given to another worker.
         """
-        results: list[RewardResult] = []
-        until = time.monotonic() + self.deadline_seconds
-        while len(results) < len(items) and (not results or time.monotonic() < until):
-            results.append(self._grade(*items[len(results)]))
-        return results
-
-    def _grade(self, prompt: str, completion: str, columns: dict[str, Any]) -> RewardResult:
-        try:
-            with _deadline(self.deadline_seconds):
-                return self.grader(prompt, completion, columns)
-        except _Late:
-            return RewardResult(float("nan"), "timeout", f"took longer than {self.deadline_seconds:g} s")
-        except Exception:  # a user's grader is a process boundary: its failure is a status, not the end of the run
-            return RewardResult(float("nan"), "crashed", traceback.format_exc(limit=2))
-
-
-class _Late(BaseException):
-    """Not an Exception, so that a grader does not catch it by accident."""
-
-
-@contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # signals arrive in the main thread only
-        yield
-        return
-
-    def late(number: int, frame: Any) -> None:
-        raise _Late
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        results = self.pool.grade(items, budget_seconds=self.config.deadline_seconds)
+        return list(takewhile(lambda result: result is not None, results))

@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhub.algorithm import Algorithm
 from rlhub.checkpoint import load_network, save_network
+from rlhub.config import AlgorithmConfig
+from rlhub.noise import Noise
 from rlhub.scoring import token_log_probs
-from rlhub.types import Receipt, Views
+from rlhub.types import Batch, LogLikelihood, Receipt, Views
 from workers.sync import load_buckets, receipt_of
 
 
@@ -37,6 +40,22 @@ class Scorer:
         """Log-probs `[M]` of `views[first::stride]` by index."""
         indices = range(first, len(views), stride)
         return {index: token_log_probs(self.network, views[index], self.micro_batch_tokens, self.device) for index in indices}
+
+    def estimate(
+        self, algorithm: AlgorithmConfig, run_seed: int, batch: Batch, first: int = 0, stride: int = 1
+    ) -> dict[int, LogLikelihood]:
+        """The reference's estimates for a batch through the noise that the algorithm gives it, by index of the sets of views.
+
+        The views are made here, from the same keys as the learner's.
+        """
+        parts = Algorithm.compose(algorithm)
+        credit, noise = parts.credit(batch), Noise(run_seed)
+        found = {}
+        for index in range(first, parts.num_views, stride):
+            views = parts.make_views(batch, credit, noise, index, parts.reference_noise)
+            log_prob = token_log_probs(self.network, views, self.micro_batch_tokens, self.device)
+            found[index] = parts.estimate(log_prob, views, credit)
+        return found
 
     def receive(self, version: int, bucket_bytes: int, *buckets: np.ndarray) -> Receipt:
         """Adopt published weights as the new reference."""

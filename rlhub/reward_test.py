@@ -1,0 +1,182 @@
+"""Grading a file of completions: statuses, confusion against labels, disagreements and time per item."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, get_args
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rewards import Grader, Item, load_grader
+from rlhub.data.jsonl import read_jsonl
+from rlhub.errors import DataError, UserError
+from rlhub.types import RewardResult, RewardStatus
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+CHUNK = 64  # items of one call of a batched grader
+LONG = 200  # rows from which a terminal sees a progress bar
+LABELS = {
+    **dict.fromkeys(["1", "1.0", "true", "yes", "correct", "right", "pass", "passed"], True),
+    **dict.fromkeys(["0", "0.0", "false", "no", "incorrect", "wrong", "fail", "failed"], False),
+}
+FIELDS = ("prompt", "completion", "label")
+
+
+def grade_file(name: str, options: list[str], path: str, columns: str = "") -> dict[str, Any]:
+    """The report of `rlhub reward test`: plain values, ready for JSON. `statuses` sums to `rows`; a failed grade agrees with no label.
+
+    Raises:
+        UserError: the file, a row, the reward's name or an option is not usable.
+    """
+    rows = _rows(path, _mapping(columns))
+    grader = _grader(name, options)
+    start = time.perf_counter()
+    grader.prepare()
+    prepared = time.perf_counter()
+    results = list(_results(grader, [item for _, item, _ in rows]))
+    seconds = time.perf_counter() - prepared
+    values = [result.value for result in results if result.valid and math.isfinite(result.value)]
+    labelled = [(number, item, label, result) for (number, item, label), result in zip(rows, results, strict=True) if label is not None]
+    confusion = Counter(_cell(label, result) for _, _, label, result in labelled)
+    cells = ("true_positive", "false_positive", "true_negative", "false_negative", "failed")
+    agreeing = confusion["true_positive"] + confusion["true_negative"]
+    failures = Counter(f"{result.status}: {_last_line(result.detail)}" for result in results if not result.valid)
+    return {
+        "reward": name,
+        "data": path,
+        "rows": len(rows),
+        "counts": {"right": sum(_right(result) for result in results), "graded": len(values), "labelled": len(labelled)},
+        "statuses": {status: sum(result.status == status for result in results) for status in get_args(RewardStatus)},
+        "failures": dict(failures.most_common(20)),
+        "mean": sum(values) / len(values) if values else None,
+        "agreement": agreeing / len(labelled) if labelled else None,
+        "confusion": {cell: confusion[cell] for cell in cells} if labelled else None,
+        "disagreements": [
+            _disagreement(number, item, label, result)
+            for number, item, label, result in labelled
+            if _cell(label, result) not in ("true_positive", "true_negative")
+        ],
+        "seconds_to_prepare": prepared - start,
+        "seconds_per_item": seconds / len(rows),
+    }
+
+
+def report_view(report: dict[str, Any], show: int) -> Group:
+    """The report for a terminal, with the first `show` disagreements."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    summary = Table("what", "value", title=f"{report['reward']} on {report['data']}")
+    summary.add_row("rows", str(report["rows"]))
+    for status, count in report["statuses"].items():
+        summary.add_row(f"status {status}", str(count))
+    summary.add_row("right (value 1)", str(report["counts"]["right"]))
+    summary.add_row("mean value", "none" if report["mean"] is None else f"{report['mean']:.4f}")
+    summary.add_row("time per item", f"{1000 * report['seconds_per_item']:.3g} ms")
+    views: list[Table | Text] = [summary]
+    views += [Text(f"{count} x {failure}", style="red") for failure, count in report["failures"].items()]
+    if report["confusion"]:
+        summary.add_row("agreement with labels", f"{100 * report['agreement']:.2f} % of {report['counts']['labelled']}")
+        cells = {cell: str(count) for cell, count in report["confusion"].items()}
+        confusion = Table("", "graded right", "graded wrong")
+        confusion.add_row("label right", cells["true_positive"], cells["false_negative"])
+        confusion.add_row("label wrong", cells["false_positive"], cells["true_negative"])
+        views += [confusion, Text(f"labelled rows without a grade: {cells['failed']}")]
+    found = report["disagreements"]
+    if found and show > 0:
+        table = Table("row", "label", "value", "status", "gold", "detail", title=f"disagreements, {min(show, len(found))} of {len(found)}")
+        for entry in found[:show]:
+            value = "none" if entry["value"] is None else f"{entry['value']:g}"
+            texts = [str(entry["gold"])[-60:], str(entry["detail"])[:80]]
+            table.add_row(str(entry["row"]), str(entry["label"]), value, entry["status"], *map(Text, texts))
+        views.append(table)
+    return Group(*views)
+
+
+def _rows(path: str, mapping: dict[str, str]) -> list[tuple[int, Item, bool | None]]:
+    """(row number, item, label) of every row; the columns of the item are all fields but prompt, completion and label."""
+    rows = []
+    for number, row in read_jsonl(path):
+        where = f"{path}, row {number}"
+        missing = [source for name, source in mapping.items() if source not in row and name != "label"]
+        if missing:
+            raise DataError(f"{where}: no field {missing[0]!r}; the row has: {', '.join(row) or 'none'} (rename with --columns)")
+        columns = {key: value for key, value in row.items() if key not in (mapping[name] for name in FIELDS)}
+        columns |= {name: row[source] for name, source in mapping.items() if name not in FIELDS}
+        prompt, completion = row[mapping["prompt"]], row[mapping["completion"]]
+        if not isinstance(completion, str):
+            raise DataError(f"{where}: the completion must be text, got {type(completion).__name__}")
+        if not isinstance(prompt, str | list):
+            raise DataError(f"{where}: the prompt must be text or chat messages, got {type(prompt).__name__}")
+        rows.append((number, (prompt, completion, columns), _label(row.get(mapping["label"]), where)))
+    if not rows:
+        raise DataError(f"{path}: no rows")
+    return rows
+
+
+def _mapping(columns: str) -> dict[str, str]:
+    """Column -> field of the file."""
+    pairs = [pair.partition("=") for pair in columns.split(",") if pair.strip()]
+    for name, _, source in pairs:
+        if not name.strip() or not source.strip():
+            raise UserError(f"--columns {columns!r}: write NAME=FIELD,NAME=FIELD, e.g. completion=output,label=is_correct")
+    return {name: name for name in FIELDS} | {name.strip(): source.strip() for name, _, source in pairs}
+
+
+def _label(value: Any, where: str) -> bool | None:
+    if value is None:
+        return None
+    text = str(value).strip().lower()
+    if text not in LABELS:
+        raise DataError(f"{where}: label {value!r} is neither right nor wrong; write true or false")
+    return LABELS[text]
+
+
+def _grader(name: str, options: list[str]) -> Grader:
+    for option in options:
+        if not option.partition("=")[0] or "=" not in option:
+            raise UserError(f"expected KEY=VALUE for an option of the reward, got {option!r}")
+    try:
+        return load_grader({"name": name, **OmegaConf.to_container(OmegaConf.from_dotlist(options))})
+    except (ValueError, OmegaConfBaseException) as error:
+        raise UserError(str(error)) from error
+
+
+def _results(grader: Grader, items: list[Item]) -> Iterator[RewardResult]:
+    from rich.console import Console
+    from rich.progress import track
+
+    silent = not sys.stderr.isatty() or len(items) < LONG
+    size = CHUNK if grader.batched else 1
+    starts = range(0, len(items), size)
+    for start in track(starts, "grading", console=Console(stderr=True), disable=silent, transient=True):
+        yield from grader.grade_batch(items[start : start + size])
+
+
+def _right(result: RewardResult) -> bool:
+    return result.valid and result.value == 1.0
+
+
+def _cell(label: bool, result: RewardResult) -> str:
+    if not result.valid:
+        return "failed"
+    right = _right(result)
+    return f"{'true' if right == label else 'false'}_{'positive' if right else 'negative'}"
+
+
+def _disagreement(number: int, item: Item, label: bool, result: RewardResult) -> dict[str, Any]:
+    value = result.value if math.isfinite(result.value) else None
+    gold = item[2].get("answer")
+    return {"row": number, "label": label, "value": value, "status": result.status, "gold": gold, "detail": result.detail}
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2][:200]
