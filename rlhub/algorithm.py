@@ -17,11 +17,24 @@ from rlhub.types import Batch, Credit, LogLikelihood, Scores, Views
 
 @dataclass(frozen=True)
 class LogProbs:
-    """Token log-probs `[M]` of the same views under each policy."""
+    """Token log-probs `[M]` of the same views under each policy.
+
+    The reference may be a ready estimate instead, from a cache or through noise of its own.
+    """
 
     policy: Tensor
     proximal: Tensor | None = None
-    reference: Tensor | None = None
+    reference: Tensor | LogLikelihood | None = None
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """A term of the loss: `weight` times an objective over the chosen, the rejected or all samples."""
+
+    name: str
+    weight: float
+    on: str
+    objective: tuple[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,7 @@ class Algorithm:
     views: tuple[Any, Any]
     likelihood: tuple[Any, Any]
     objective: tuple[Any, Any]
+    auxiliary: tuple[Auxiliary, ...] = ()
 
     @classmethod
     def compose(cls, config: AlgorithmConfig) -> Algorithm:
@@ -50,7 +64,7 @@ class Algorithm:
 
         def part(folder: str, block: dict[str, Any]) -> tuple[Any, Any]:
             module = load_part(folder, block["name"])
-            return module, part_config(module, {key: value for key, value in block.items() if key != "name"})
+            return module, part_config(module, {key: value for key, value in block.items() if key not in ("name", "weight", "on")})
 
         return cls(
             config,
@@ -58,6 +72,10 @@ class Algorithm:
             views=part("views", config.views),
             likelihood=part("likelihoods", config.likelihood),
             objective=part("objectives", config.objective),
+            auxiliary=tuple(
+                Auxiliary(block["name"], float(block["weight"]), block.get("on", "all"), part("objectives", block))
+                for block in config.auxiliary
+            ),
         )
 
     @property
@@ -67,7 +85,8 @@ class Algorithm:
 
     @property
     def needs_reference(self) -> bool:
-        objective_needs = "reference" in getattr(self.objective[0], "NEEDS", ())
+        objectives = [self.objective, *(term.objective for term in self.auxiliary)]
+        objective_needs = any("reference" in getattr(module, "NEEDS", ()) for module, _ in objectives)
         return objective_needs or (self.config.kl.coefficient > 0 and self.config.kl.against == "reference")
 
     def credit(self, batch: Batch) -> Credit:
@@ -75,10 +94,20 @@ class Algorithm:
         rewards = batch.rewards if batch.step_rewards is None else batch.step_rewards
         return module.assign(rewards, batch, config)
 
-    def make_views(self, batch: Batch, credit: Credit, noise: Noise, update: int) -> Views:
+    def make_views(self, batch: Batch, credit: Credit, noise: Noise, update: int, purpose: str = "views") -> Views:
         """The views of one inner update; the same for all of them unless `fresh_views: update`."""
         module, config = self.views
-        return module.make(batch, credit, config, noise.stream("views"), update if self.config.fresh_views == "update" else 0)
+        return module.make(batch, credit, config, noise.stream(purpose), update if self.config.fresh_views == "update" else 0)
+
+    @property
+    def num_views(self) -> int:
+        """Sets of views of one batch."""
+        return self.config.updates if self.config.fresh_views == "update" else 1
+
+    @property
+    def reference_noise(self) -> str:
+        """The purpose of the reference's noise: the policy's own, unless `shared_noise` is off."""
+        return "views" if self.config.shared_noise else "reference_views"
 
     def scores(self, log_probs: LogProbs, views: Views, batch: Batch, credit: Credit) -> Scores:
         """Log-likelihoods in float64 under each policy.
@@ -86,17 +115,19 @@ class Algorithm:
         At the first update the proximal policy is the policy itself, so its absent log-probs are the detached ones: the ratio is
         exactly 1.
         """
-        policy = self._estimate(log_probs.policy, views, credit)
+        policy = self.estimate(log_probs.policy, views, credit)
         proximal = behavior = reference = None
         if self.config.behavior == "rollout":
             recorded = torch.stack([_padded(row, views.canvas_length) for row in batch.logp_model])
-            behavior = self._estimate(recorded[views.score_sample, views.score_token], views, credit)
+            behavior = self.estimate(recorded[views.score_sample, views.score_token], views, credit)
             proximal = behavior
         elif self.config.behavior in ("recompute", "detach"):
             fixed = log_probs.policy.detach() if log_probs.proximal is None else log_probs.proximal
-            proximal = behavior = self._estimate(fixed, views, credit)
-        if log_probs.reference is not None:
-            reference = self._estimate(log_probs.reference, views, credit)
+            proximal = behavior = self.estimate(fixed, views, credit)
+        if isinstance(log_probs.reference, LogLikelihood):
+            reference = log_probs.reference
+        elif log_probs.reference is not None:
+            reference = self.estimate(log_probs.reference, views, credit)
         return Scores(policy, proximal, behavior, reference)
 
     def loss(self, scores: Scores, credit: Credit) -> tuple[Tensor, dict[str, float]]:
@@ -109,6 +140,11 @@ class Algorithm:
             penalty = mean_penalty(kl.kind, kl.normalize, scores.policy, other, credit)
             metrics["kl"] = penalty.item()
             loss = loss + kl.coefficient * penalty
+        for term in self.auxiliary:
+            module, config = term.objective
+            value, _ = module.loss(scores, _restricted(credit, term.on), config)
+            metrics[f"auxiliary/{term.name}"] = value.item()
+            loss = loss + term.weight * value
         metrics["loss"] = loss.item()
         return loss, metrics
 
@@ -124,9 +160,20 @@ class Algorithm:
         (coefficient,) = torch.autograd.grad(loss, leaf)
         return coefficient, scores, metrics
 
-    def _estimate(self, log_prob: Tensor, views: Views, credit: Credit) -> LogLikelihood:
+    def estimate(self, log_prob: Tensor, views: Views, credit: Credit) -> LogLikelihood:
+        """Log-likelihoods in float64 from token log-probs `[M]`."""
         module, config = self.likelihood
         return module.estimate(log_prob.double(), views, credit, config)
+
+
+def _restricted(credit: Credit, on: str) -> Credit:
+    """Credit in which only the chosen (label above 0) or the rejected samples (below 0) count, each with advantage 1."""
+    counts = credit.valid
+    if on != "all":
+        if credit.labels is None:
+            raise ValueError(f"an auxiliary term on {on} samples needs labels: use an advantage that makes them, such as best_worst")
+        counts = counts & (credit.labels > 0 if on == "chosen" else credit.labels < 0)
+    return Credit(counts.double(), counts, credit.labels, credit.pairs)
 
 
 def _padded(row: Any, length: int) -> Tensor:

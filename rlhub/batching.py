@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from rlhub.types import Attention, Batch, Layout, Rollout, Views
+from rlhub.types import Attention, Batch, Layout, RewardResult, Rollout, Views
 
 
 def make_batch(rollouts: Sequence[Rollout], *, mask_id: int, span: str, block_length: int = 0, on_invalid: str = "drop_sample") -> Batch:
@@ -39,13 +39,13 @@ def make_batch(rollouts: Sequence[Rollout], *, mask_id: int, span: str, block_le
     for rollout, row, column in zip(rollouts, group, member, strict=True):
         if rollout.reward is None:
             raise ValueError(f"rollout {rollout.uid} has no grade")
-        rewards[row, column] = _graded_value(rollout, on_invalid)
+        rewards[row, column] = _graded_value(rollout.reward, on_invalid)
     if on_invalid == "drop_group":
         failed = group[[not rollout.reward.valid for rollout in rollouts]]
         rewards[failed] = np.nan
     length = np.array([rollout.length for rollout in rollouts])
     canvas = np.array([len(rollout.completion_ids) for rollout in rollouts])
-    return Batch(
+    batch = Batch(
         uid=np.array([rollout.uid for rollout in rollouts], dtype=np.uint64),
         group=group,
         prompts=[rollout.prompt_ids for rollout in rollouts],
@@ -59,11 +59,32 @@ def make_batch(rollouts: Sequence[Rollout], *, mask_id: int, span: str, block_le
         logp_model=[rollout.logp_model for rollout in rollouts],
         block_length=block_length,
     )
+    return with_step_rewards(batch, rollouts, on_invalid) if rollouts[0].step_rewards else batch
 
 
-def _graded_value(rollout: Rollout, on_invalid: str) -> float:
-    if rollout.reward.valid:
-        return rollout.reward.value
+def with_step_rewards(batch: Batch, rollouts: Sequence[Rollout], on_invalid: str = "drop_sample") -> Batch:
+    """The batch of these rollouts with their `step_rewards` [P, G, S]; a sample with one invalid step is treated as `on_invalid` says.
+
+    Raises:
+        ValueError: the rollouts have different numbers of step rewards.
+    """
+    rollouts = sorted(rollouts, key=lambda rollout: rollout.uid)
+    counts = {len(rollout.step_rewards) for rollout in rollouts}
+    if len(counts) != 1:
+        raise ValueError(f"every rollout needs the same number of step rewards, got {sorted(counts)}")
+    steps = np.full((*batch.rewards.shape, *counts), np.nan)
+    for rollout, row, column in zip(rollouts, batch.group, batch.member, strict=True):
+        steps[row, column] = [_graded_value(grade, on_invalid) for grade in rollout.step_rewards]
+    steps[np.isnan(steps).any(2)] = np.nan
+    if on_invalid == "drop_group":
+        failed = batch.group[np.isnan(steps[batch.group, batch.member, 0])]
+        steps[failed] = np.nan
+    return replace(batch, step_rewards=steps, rewards=np.where(np.isnan(steps[:, :, -1]), np.nan, batch.rewards))
+
+
+def _graded_value(reward: RewardResult, on_invalid: str) -> float:
+    if reward.valid:
+        return reward.value
     return float(on_invalid.removeprefix("value:")) if on_invalid.startswith("value:") else float("nan")
 
 

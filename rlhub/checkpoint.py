@@ -99,7 +99,7 @@ def save_network(network: torch.nn.Module, path: Path, tokenizer: Any = None) ->
 
 
 def checkpoint_name(phase: str, step: int) -> str:
-    """`step_00010` in the online phase, `sft_step_00800` in SFT."""
+    """`step_00010` in the online phase, `sft_step_00800` in SFT, `pairs_step_00010` on preference pairs."""
     return f"step_{step:05d}" if phase == "online" else f"{phase}_step_{step:05d}"
 
 
@@ -137,7 +137,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def sealed_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders with a manifest in the order of training; unsealed ones are what a killed run left behind."""
     sealed = [file.parent for file in (run / "checkpoints").glob(f"*step_*/{MANIFEST}")]
-    return sorted(sealed, key=lambda folder: (_phase_of(folder) == "online", int(folder.name.rpartition("_")[2])))
+    return sorted(sealed, key=lambda folder: (_phase_of(folder) != "sft", int(folder.name.rpartition("_")[2])))
 
 
 def remove_old_checkpoints(run: Path, keep: int) -> None:

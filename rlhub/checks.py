@@ -34,7 +34,7 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         KeyedError: the first problem, with the key that it concerns.
     """
-    for check in (_check_choices, _check_ranges, _check_sampler, _check_algorithm, _check_layout, _check_parts):
+    for check in (_check_choices, _check_ranges, _check_sampler, _check_algorithm, _check_layout, _check_parts, _check_pairs):
         check(recipe)
 
 
@@ -46,7 +46,7 @@ def check_devices(recipe: Recipe) -> None:
     """
     if recipe.model.path and not Path(recipe.model.path).is_dir():
         raise RecipeError(f"model.path: no folder {recipe.model.path!r}; download the checkpoint or set model.path to where it is")
-    asking = [key for key in ("generator", "learner", "scorer") if getattr(recipe.roles, f"gpus_per_{key}") > 0]
+    asking = [key for key in ("generator", "learner", "scorer", "reward_worker") if getattr(recipe.roles, f"gpus_per_{key}") > 0]
     if not asking or "RAY_ADDRESS" in os.environ:  # on a cluster the GPUs may be on other nodes, and Ray does the check
         return
     import torch
@@ -67,11 +67,13 @@ _CHOICES = {
     "algorithm.length": ["canvas", "response"],
     "algorithm.fresh_views": ["update", "step", "epoch", "never"],
     "algorithm.behavior": ["recompute", "rollout", "detach", "none"],
+    "pairs.on_bad_pair": ["skip", "error"],
     "learner.backend": ["deepspeed", "torch"],
-    "learner.optimizer.schedule": ["constant", "linear", "cosine"],
-    "sft.optimizer.schedule": ["constant", "linear", "cosine"],
+    "learner.optimizer.schedule": ["constant", "linear", "cosine", "polynomial"],
+    "sft.optimizer.schedule": ["constant", "linear", "cosine", "polynomial"],
 }
-_PHASES = ["sft", "online"]
+_PHASES = ["sft", "online", "pairs"]
+_PHASE_ORDERS = [["sft"], ["online"], ["pairs"], ["sft", "online"], ["sft", "pairs"]]
 _PATTERNS = {
     "algorithm.reference": (r"none|frozen|sync_every:[1-9]\d*", "none, frozen or sync_every:N, for example sync_every:64"),
     "algorithm.on_invalid": (r"drop_sample|drop_group|value:[-+]?\d*\.?\d+", "drop_sample, drop_group or value:x, for example value:0.0"),
@@ -84,16 +86,18 @@ _AT_LEAST_ONE = [
     *(f"algorithm.{key}" for key in ("updates", "prompts_per_step", "completions_per_prompt")),
     *(f"sft.{key}" for key in ("steps", "batch_size", "draws", "eval_every")),
     "learner.micro_batch_tokens",
-    *(f"roles.{key}" for key in ("generators", "learners", "reward_workers", "threads")),
-    "reward_pool.batch_size",
+    *(f"roles.{key}" for key in ("learners", "threads")),
+    *(f"pairs.{key}" for key in ("noise_plans", "eval_rows", "eval_draws")),
+    *(f"reward_pool.{key}" for key in ("batch_size", "processes", "memory_megabytes")),
 ]
 _AT_LEAST_ZERO = [
-    *("run.seed", "sampler.temperature", "algorithm.kl.coefficient", "roles.scorers"),
-    *(f"roles.gpus_per_{role}" for role in ("generator", "learner", "scorer")),
+    *("run.seed", "task.state_rewards.every", "sampler.temperature", "algorithm.kl.coefficient", "reward_pool.retries"),
+    *(f"roles.{key}" for key in ("generators", "scorers", "reward_workers")),
+    *(f"roles.gpus_per_{role}" for role in ("generator", "learner", "scorer", "reward_worker")),
     *(f"{owner}.optimizer.{key}" for owner in ("learner", "sft") for key in ("weight_decay", "warmup_steps", "final_fraction")),
 ]
 _POSITIVE = [
-    *("weights.bucket_megabytes", "weights.timeout_seconds", "reward_pool.deadline_seconds"),
+    *("weights.bucket_megabytes", "weights.timeout_seconds", "reward_pool.deadline_seconds", "roles.generate_timeout_seconds"),
     *(f"{owner}.optimizer.{key}" for owner in ("learner", "sft") for key in ("learning_rate", "max_grad_norm")),
 ]
 _GROUP_ADVANTAGES = [
@@ -124,8 +128,8 @@ def _check_choices(recipe: Recipe) -> None:
     for phase in phases:
         if phase not in _PHASES:
             raise KeyedError(f"no such phase {phase!r}{did_you_mean(phase, _PHASES)}", "run.phases")
-    if not phases or phases != [phase for phase in _PHASES if phase in phases]:
-        raise KeyedError(f"expected [sft], [online] or [sft, online], got {show(phases)}", "run.phases")
+    if phases not in _PHASE_ORDERS:
+        raise KeyedError(f"expected {', '.join(map(_bracketed, _PHASE_ORDERS))}; got {_bracketed(phases)}", "run.phases")
 
 
 def _check_ranges(recipe: Recipe) -> None:
@@ -170,6 +174,8 @@ def _check_algorithm(recipe: Recipe) -> None:
     advantage = algorithm.advantage.get("name")
     if algorithm.completions_per_prompt < 2 and advantage in _GROUP_ADVANTAGES:
         raise KeyedError(f"{advantage} compares completions of one prompt and needs at least 2, got 1", "algorithm.completions_per_prompt")
+    if advantage == "step_difference" and "online" in recipe.run.phases and recipe.task.state_rewards.every == 0:
+        raise KeyedError("step_difference needs grades of intermediate states, got 0; use 1 or more", "task.state_rewards.every")
     if kl.coefficient > 0 and getattr(algorithm, kl.against) == "none":
         fix = "algorithm.reference=frozen" if kl.against == "reference" else "algorithm.behavior=recompute"
         key = "algorithm.kl.coefficient"
@@ -182,6 +188,12 @@ def _check_algorithm(recipe: Recipe) -> None:
 def _check_layout(recipe: Recipe) -> None:
     roles, learner = recipe.roles, recipe.learner
     sequences = recipe.algorithm.prompts_per_step * recipe.algorithm.completions_per_prompt
+    for key in ("generators", "reward_workers"):
+        count, ungraded = getattr(roles, key), recipe.task.reward.get("name") == "none"
+        if ungraded and count:
+            raise KeyedError(f"nothing is generated or graded with task.reward.name none, got {count}; use 0", f"roles.{key}")
+        if not ungraded and not count:
+            raise KeyedError("must be at least 1, got 0; with task.reward.name none it would be 0", f"roles.{key}")
     if recipe.run.runtime == "local" and roles.learners > 1:
         raise KeyedError(f"run.runtime local is one process, got {roles.learners}; use 1, or run.runtime=ray", "roles.learners")
     if learner.backend == "torch" and roles.learners > 1:
@@ -210,6 +222,8 @@ def _check_parts(recipe: Recipe) -> None:
     values = asdict(recipe)
     for folder, name_key, option_keys in PARTS:
         name, options = _select(values, name_key), {}
+        if folder == "rewards" and name == "none":
+            continue
         if folder == "rewards" and isinstance(name, str) and ":" in name:
             _check_grader_function(recipe.task.reward)
             continue
@@ -224,7 +238,8 @@ def _check_parts(recipe: Recipe) -> None:
             except KeyedError as error:
                 raise KeyedError(error.message, f"{key}.{error.key}".rstrip(".")) from error
         if folder == "objectives":
-            _check_needs(recipe, vars(module).get("NEEDS", ()))
+            _check_needs(recipe, recipe.algorithm.objective["name"], vars(module).get("NEEDS", ()))
+    _check_auxiliary(recipe)
 
 
 def _check_grader_function(reward: Part) -> None:
@@ -237,17 +252,70 @@ def _check_grader_function(reward: Part) -> None:
         raise KeyedError(f"{reward['name']!r}: {one_line(error)}", "task.reward.name") from error
 
 
-def _check_needs(recipe: Recipe, needs: Sequence[str]) -> None:
+def _check_needs(recipe: Recipe, name: str, needs: Sequence[str]) -> None:
     """Policies that the objective or the KL compares with must exist, and somebody must score the reference."""
     algorithm = recipe.algorithm
-    name = algorithm.objective["name"]
     if "reference" in needs and algorithm.reference == "none":
         raise KeyedError(f"{name} compares with the reference policy, got none; use frozen or sync_every:N", "algorithm.reference")
     if "proximal" in needs and algorithm.behavior == "none":
         raise KeyedError(f"{name} is a ratio to the policy that generated, got none; use recompute", "algorithm.behavior")
     needs_reference = "reference" in needs or (algorithm.kl.coefficient > 0 and algorithm.kl.against == "reference")
-    if needs_reference and recipe.roles.scorers == 0 and "online" in recipe.run.phases:
+    if needs_reference and recipe.roles.scorers == 0 and recipe.run.phases != ["sft"]:
         raise KeyedError("0 scorers, but the objective or the KL needs the reference policy; use at least 1", "roles.scorers")
+
+
+def _check_auxiliary(recipe: Recipe) -> None:
+    """Terms that are added to the loss."""
+    key = "algorithm.auxiliary"
+    for term in recipe.algorithm.auxiliary:
+        for needed in ("name", "weight"):
+            if needed not in term:
+                raise KeyedError(f"{show(term)} lacks {needed}; write for example {{name: sft, weight: 0.05, on: chosen}}", key)
+        on = term.get("on", "all")
+        if on not in ("chosen", "rejected", "all"):
+            raise KeyedError(f"no such choice {on!r} of samples{did_you_mean(on, ['chosen', 'rejected', 'all'])}", key)
+        if not isinstance(term["weight"], int | float) or not 0 <= term["weight"] < float("inf"):
+            raise KeyedError(f"weight must be 0 or more, got {show(term['weight'])}", key)
+        try:
+            module = load_part("objectives", term["name"])
+            part_config(module, {name: value for name, value in term.items() if name not in ("weight", "on")})
+        except KeyedError as error:
+            raise KeyedError(f"{term['name']}: {error}", key) from error
+        except RecipeError as error:
+            raise KeyedError(str(error), key) from error
+        _check_needs(recipe, term["name"], vars(module).get("NEEDS", ()))
+
+
+def _check_pairs(recipe: Recipe) -> None:
+    """What training on preference data needs."""
+    if "online" in recipe.run.phases and recipe.task.reward.get("name") == "none":
+        raise KeyedError("none, but the online phase needs grades; name a module of rewards", "task.reward.name")
+    if "pairs" not in recipe.run.phases:
+        return
+    algorithm, pairs = recipe.algorithm, recipe.pairs
+    if not pairs.data and recipe.task.name != "preferences":
+        why = f"the phase pairs needs data, and task {recipe.task.name} brings none"
+        raise KeyedError(f"{why}; set pairs.data.path to a file or source", "pairs.data")
+    if pairs.data:
+        try:
+            part_config(load_part("data", "preferences"), pairs.data)
+        except KeyedError as error:
+            raise KeyedError(error.message, f"pairs.data.{error.key}".rstrip(".")) from error
+    if algorithm.behavior == "rollout":
+        raise KeyedError("rollout needs the log-probs of a sampler, which preference data has not; use none", "algorithm.behavior")
+    if algorithm.views.get("name") == "trajectory":
+        raise KeyedError("trajectory replays a sampler, and preference data has none; use elbo", "algorithm.views.name")
+    if pairs.reference_cache not in ("auto", "none"):
+        if algorithm.reference.startswith("sync_every"):
+            key = "pairs.reference_cache"
+            raise KeyedError("a reference that follows the policy cannot be cached; use none, or algorithm.reference=frozen", key)
+        if algorithm.fresh_views not in ("epoch", "never"):
+            key = "algorithm.fresh_views"
+            raise KeyedError(f"{algorithm.fresh_views} never repeats its noise, so nothing can be cached; use epoch", key)
+
+
+def _bracketed(phases: Sequence[str]) -> str:
+    return f"[{', '.join(phases)}]"
 
 
 def _select(values: Mapping[str, Any], key: str) -> Any:

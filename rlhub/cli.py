@@ -13,7 +13,9 @@ from typing import Any, NoReturn
 
 import click
 
+from rlhub.bench_cli import bench
 from rlhub.errors import UserError
+from rlhub.reward_cli import reward
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")  # what tells `sampler.temperature=0` from a prompt
@@ -55,6 +57,10 @@ def main() -> None:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a recipe may name modules of the user's by dotted path
+
+
+main.add_command(bench)
+main.add_command(reward)
 
 
 @main.command()
@@ -147,6 +153,25 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
         from rich.console import Console
 
         Console().print(plan_view(made))
+
+
+@main.command()
+@click.argument("path", metavar="CHECKPOINT_OR_RUN", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="File to write, JSON lines.")
+@click.option("--prompts", default=1024, show_default=True, type=click.IntRange(min=1), help="Training prompts to sample for.")
+@click.option("--recipe", "recipe_path", help="Recipe with the task and sampler; a run brings its own.")
+def pairs(path: Path, overrides: tuple[str, ...], out: Path, prompts: int, recipe_path: str | None) -> None:
+    """Make preference pairs: sample a policy, grade with the task's reward, keep the best and the worst completion of each prompt.
+
+    \b
+    Examples:
+      rlhub pairs runs/sort --out runs/sort_pairs.jsonl
+      rlhub pairs exported/ --recipe recipes/sort.yaml --out pairs.jsonl --prompts 4096 algorithm.completions_per_prompt=4
+    """
+    from rlhub.pair_sampling import sample_pairs
+
+    click.echo(sample_pairs(path, out, prompts, list(overrides), recipe_path))
 
 
 @main.command()

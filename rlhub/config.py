@@ -14,7 +14,7 @@ class RunConfig:
     output_dir: str = "runs"
     seed: int = 0
     steps: int = 100  # RL or preference steps
-    phases: list[str] = field(default_factory=lambda: ["online"])  # of sft, online; in this order
+    phases: list[str] = field(default_factory=lambda: ["online"])  # [sft], [online], [pairs], [sft, online] or [sft, pairs]
     eval_every: int = 10  # steps between evaluations; the first and the last step are always evaluated
     checkpoint_every: int = 10
     keep_checkpoints: int = 2  # newest ones kept beside the last of each phase
@@ -35,12 +35,19 @@ class ModelConfig:
 
 
 @dataclass
+class StateRewardConfig:
+    every: int = 0  # grade the canvas after every k-th denoising step with the task's reward; 0: off
+    mask_text: str | None = None  # what graders see where nothing is filled in; None: the tokenizer's mask token
+
+
+@dataclass
 class TaskConfig:
     name: str = "sort"  # module of rlhub.data
     train: dict[str, Any] = field(default_factory=dict)  # fields of the module's Config for training rows
     eval: dict[str, Any] = field(default_factory=dict)  # the same for held-out rows; missing keys are taken from `train`
     eval_rows: int = 512
-    reward: Part = field(default_factory=lambda: {"name": "exact_match"})  # module of rewards
+    reward: Part = field(default_factory=lambda: {"name": "exact_match"})  # module of rewards; none: nothing is generated or graded
+    state_rewards: StateRewardConfig = field(default_factory=StateRewardConfig)
     shuffle_rewards: bool = False  # control: permute rewards over the batch, which must stop learning
 
 
@@ -76,10 +83,24 @@ class AlgorithmConfig:
     fresh_views: str = "update"  # new noise every update | step | epoch | never
     reference: str = "none"  # none | frozen | sync_every:N
     behavior: str = "recompute"  # recompute | rollout | detach | none
+    shared_noise: bool = True  # policy and reference look through the same noise; false: the reference draws its own, as naive DPO does
+    # Terms added to the loss: {name: objective, weight, on: chosen | rejected | all, options of the objective}.
+    auxiliary: list[Part] = field(default_factory=list)
     prompts_per_step: int = 16
     completions_per_prompt: int = 8
     on_invalid: str = "drop_sample"  # drop_sample | drop_group | value:x
     max_staleness: int = 0
+
+
+@dataclass
+class PairsConfig:
+    data: dict[str, Any] = field(default_factory=dict)  # fields of rlhub.data.preferences.Config; empty: task.train of task preferences
+    on_bad_pair: str = "skip"  # skip | error; either way each is reported in bad_pairs.jsonl
+    max_tokens: int | None = None  # of prompt and response; None is the model's context
+    noise_plans: int = 8  # with fresh_views epoch, epoch e looks through the noise of epoch e modulo this
+    reference_cache: str = "auto"  # folder of the reference's estimates; auto: <run.output_dir>/reference_cache; none: scored every step
+    eval_rows: int = 256  # held-out pairs of an evaluation
+    eval_draws: int = 8  # stratified draws of their ELBOs, whatever the algorithm's views are
 
 
 @dataclass
@@ -89,7 +110,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     warmup_steps: int = 5
-    schedule: str = "linear"  # constant | linear | cosine, after the warm-up, counted in optimizer steps
+    schedule: str = "linear"  # constant | linear | cosine | polynomial, after the warm-up, counted in optimizer steps
+    power: float = 2.0  # of the polynomial schedule
     final_fraction: float = 0.1  # of the learning rate at the last step
 
 
@@ -123,7 +145,9 @@ class RolesConfig:
     gpus_per_generator: float = 0
     gpus_per_learner: float = 0
     gpus_per_scorer: float = 0
+    gpus_per_reward_worker: float = 0  # for reward models with device: cuda
     threads: int = 1  # CPU threads of each role
+    generate_timeout_seconds: float = 3600.0  # a generator that needs longer for its share of a step is hung, and is restarted
 
 
 @dataclass
@@ -135,8 +159,12 @@ class SyncConfig:
 
 @dataclass
 class RewardPoolConfig:
-    deadline_seconds: float = 10.0  # per item
-    batch_size: int = 64
+    deadline_seconds: float = 10.0  # per item, or per call of a reward that grades in batches
+    batch_size: int = 64  # items that travel together
+    processes: int = 1  # grading processes of each reward worker
+    memory_megabytes: int = 4096  # resident memory of a grading process; one that takes more is ended
+    retries: int = 1  # of an item whose process died; one that passed its deadline is not tried again
+    cache: str = "none"  # of valid grades: none | memory | a folder, which may be shared by workers and runs
 
 
 @dataclass
@@ -147,6 +175,7 @@ class Recipe:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     eval_temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     roles: RolesConfig = field(default_factory=RolesConfig)

@@ -6,6 +6,8 @@
                                                              v
         generators <- weights with receipts <-------------- learners
 
+`run_pairs` has no generators: preference pairs come from data, and the reference's estimates from a cache that the scorers fill once.
+
 `run_online` waits for each of these in turn (`max_staleness: 0`): a step trains on rollouts of the weights it began with. `run_sft`
 keeps one batch ahead of the learners. Every step is a pure function of the weights and its number, so a killed run continues from
 its last checkpoint as if nothing had happened.
@@ -13,11 +15,17 @@ its last checkpoint as if nothing had happened.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from rlhub.batching import make_batch
 from rlhub.config import AlgorithmConfig
 from rlhub.health import rollout_metrics
-from rlhub.pipeline import ONLINE, demonstration_batch, generate, grade, issue, shuffle_grades
+from rlhub.pair_reference import open_reference
+from rlhub.pairs import PairOrder, pair_order
+from rlhub.pipeline import ONLINE, demonstration_batch, generate, grade, grade_states, issue, shuffle_grades
 from rlhub.run_state import Session
+from rlhub.types import Batch
 
 
 def run_sft(session: Session) -> None:
@@ -32,15 +40,47 @@ def run_sft(session: Session) -> None:
         behavior="none",
     )
     session.begin("sft", algorithm, config.optimizer, config.steps)
-    upcoming = None
+    demonstrations, upcoming = _demonstrations(session), None
     for step in session.steps("sft", config.steps, config.eval_every):
-        batch = upcoming or demonstration_batch(session.train_task, session.tokenizer, recipe, step)
+        batch = upcoming or demonstrations(step)
         futures = [crew.runtime.submit(learner, "step", batch) for learner in crew.learners]
         if step < config.steps:
-            upcoming = demonstration_batch(session.train_task, session.tokenizer, recipe, step + 1)
+            upcoming = demonstrations(step + 1)
         with session.span("learn"):
             metrics, *_ = crew.collect(futures)
-        session.finish_step(metrics, num_samples=config.batch_size)
+        session.finish_step(metrics, num_samples=len(batch))
+
+
+def _demonstrations(session: Session) -> Callable[[int], Batch]:
+    """The supervised batch of a step: of preference data the chosen responses that fit, of other tasks their demonstrations."""
+    recipe = session.recipe
+    if recipe.task.name != "preferences":
+        return partial(demonstration_batch, session.train_task, session.tokenizer, recipe)
+    good = session.pairs.train.demonstrations()
+    order = PairOrder(len(good), recipe.sft.batch_size, 0, session.noise)
+
+    def batch(step: int) -> Batch:
+        epoch, which = order.step(step)
+        return good.batch(which, epoch)
+
+    return batch
+
+
+def run_pairs(session: Session) -> None:
+    """Preference optimization on pairs, or on labelled samples, from data."""
+    recipe, crew, pairs = session.recipe, session.crew, session.pairs.train
+    session.begin("pairs", recipe.algorithm, recipe.learner.optimizer, recipe.run.steps * recipe.algorithm.updates)
+    order = pair_order(recipe, len(pairs))
+    reference = open_reference(session, order)
+    for step in session.steps("pairs", recipe.run.steps, recipe.run.eval_every):
+        epoch, which = order.step(step)
+        batch = pairs.batch(which, order.plan(epoch))
+        with session.span("score"):
+            estimates, counts = reference.estimates(which, batch) if reference else ([], {})
+        with session.span("learn"):
+            metrics = crew.learn("step", crew.runtime.put(batch), None, *estimates)
+        session.follow_policy("pairs", step)
+        session.finish_step(metrics | counts | {"data/epoch": epoch}, num_samples=len(batch))
 
 
 def run_online(session: Session) -> None:
@@ -57,6 +97,7 @@ def run_online(session: Session) -> None:
             rollouts = generate(crew, issued, recipe.sampler)
         with session.span("reward"):
             rollouts, texts = grade(crew, issued, rollouts, session.tokenizer, recipe.reward_pool.batch_size)
+            rollouts = grade_states(crew, issued, rollouts, session.tokenizer, recipe)
             trained = shuffle_grades(rollouts, session.noise, step) if recipe.task.shuffle_rewards else rollouts
         batch = crew.runtime.put(
             make_batch(
@@ -71,8 +112,9 @@ def run_online(session: Session) -> None:
         if session.needs_reference:
             with session.span("score"):
                 views = crew.runtime.submit(crew.learners[0], "make_views", batch)
+                ask = ("score", views) if algorithm.shared_noise else ("estimate", algorithm, recipe.run.seed, batch)
                 count = len(crew.scorers)
-                reference = [crew.runtime.submit(scorer, "score", views, index, count) for index, scorer in enumerate(crew.scorers)]
+                reference = [crew.runtime.submit(scorer, *ask, index, count) for index, scorer in enumerate(crew.scorers)]
                 crew.collect(reference)
         with session.span("learn"):
             metrics = crew.learn("step", batch, views, *reference)

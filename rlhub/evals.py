@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhub.config import Recipe
 from rlhub.data import Task, load_task
-from rlhub.errors import RecipeError
+from rlhub.errors import RecipeError, UserError, WorkerLost
 from rlhub.pipeline import EVAL, evaluation_settings, generate, grade, issue
 from rlhub.recipe import load_recipe, validate
 
@@ -27,6 +27,14 @@ def evaluation_task(recipe: Recipe) -> Task:
     return load_task(recipe.task.name, {**recipe.task.train, **recipe.task.eval}, "test", seed=0)
 
 
+def shared_prompts(train_task: Task, test_task: Task) -> int:
+    """How many of the test prompts occur in a finite training split; 0 for an infinite one, whose module keeps the two apart."""
+    if train_task.size is None or test_task.size is None:
+        return 0
+    trained = {repr(train_task.example(index).prompt) for index in range(train_task.size)}
+    return sum(repr(test_task.example(index).prompt) in trained for index in range(test_task.size))
+
+
 def evaluate(crew: Any, recipe: Recipe, task: Task, tokenizer: Any) -> dict[str, Any]:
     """Accuracy, mean reward and share of failed grades on the first `task.eval_rows` problems at each of `eval_temperatures`.
 
@@ -35,15 +43,16 @@ def evaluate(crew: Any, recipe: Recipe, task: Task, tokenizer: Any) -> dict[str,
     num_problems = recipe.task.eval_rows if task.size is None else min(recipe.task.eval_rows, task.size)
     metrics: dict[str, Any] = {}
     for temperature in recipe.eval_temperatures:
-        values = []
+        values, accurate = [], []
         for first in range(0, num_problems, PIECE):
             issued = issue(task, tokenizer, EVAL, first // PIECE, first, min(PIECE, num_problems - first), 1)
             rollouts = generate(crew, issued, evaluation_settings(recipe.sampler, temperature))
             graded, _ = grade(crew, issued, rollouts, tokenizer, recipe.reward_pool.batch_size)
             values += [rollout.reward.value if rollout.reward.valid else np.nan for rollout in graded]
+            accurate += [rollout.reward.accurate for rollout in graded]
         key = accuracy_key(temperature)
         invalid = np.isnan(values)
-        metrics[key] = float(np.mean(np.array(values) == 1.0))
+        metrics[key] = float(np.mean(accurate))
         metrics[key.replace("accuracy", "reward")] = float("nan") if invalid.all() else float(np.nanmean(values))
         metrics[key.replace("accuracy", "invalid_share")] = float(invalid.mean())
     return metrics | {
@@ -59,6 +68,7 @@ def evaluate_checkpoint(path: Path, overrides: list[str] | None = None, recipe_p
     Raises:
         RecipeError: no recipe is given and the checkpoint lies in no run folder.
         CheckpointError: there is nothing to load.
+        UserError: a generator kept dying; the message says which.
     """
     from rlhub.checkpoint import resolve_model_path
     from rlhub.tokenizers import load_tokenizer
@@ -73,6 +83,8 @@ def evaluate_checkpoint(path: Path, overrides: list[str] | None = None, recipe_p
         recipe_path = str(found[0])
     recipe = load_recipe(recipe_path, overrides or [])
     validate(recipe)
+    if recipe.task.reward["name"] == "none":
+        raise RecipeError("task.reward.name: none, so there is nothing to grade; name a module of rewards, and set roles.generators=1")
     # Generators alone: they load the model themselves, and so they do when one of them has to be rebuilt.
     recipe.roles.scorers, recipe.roles.learners, recipe.learner.backend = 0, 0, "torch"
     recipe.model.path = str(model_path)
@@ -81,5 +93,7 @@ def evaluate_checkpoint(path: Path, overrides: list[str] | None = None, recipe_p
     crew = assemble(recipe, model_path)
     try:
         return evaluate(crew, recipe, task, tokenizer)
+    except WorkerLost as error:
+        raise UserError(str(error)) from error
     finally:
         crew.close()

@@ -4,25 +4,26 @@
     seeds: [0, 1, 2]
     parallel: 2                                  # runs at a time, each a process of its own
     base: ["run.phases=[sft]"]                   # once per seed; the arms start from its last checkpoint
+    prepare: ["pairs <base> --out <base>/pairs.jsonl"]       # rlhub commands after each base, if the arms need what they make
     arms:
       espo: ["run.phases=[online]"]
       shuffled_rewards: ["run.phases=[online]", "task.shuffle_rewards=true"]
 
-Every run is an ordinary run folder `<output>/<arm>/seed<k>` that resumes by itself, so an interrupted experiment is continued by the
-same command.
+`<base>` stands for the folder of the seed's base, in `prepare` and in overrides. Every run is an ordinary run folder
+`<output>/<arm>/seed<k>` that resumes by itself, so an interrupted experiment is continued by the same command.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import yaml
@@ -49,6 +50,7 @@ class Experiment:
     seeds: list[int]
     arms: dict[str, list[str]]
     base: list[str] = field(default_factory=list)
+    prepare: list[str] = field(default_factory=list)
     common: list[str] = field(default_factory=list)  # overrides of every run
     parallel: int = 1
     about: str = ""
@@ -63,6 +65,7 @@ class Job:
     recipe: str
     folder: Path
     overrides: tuple[str, ...]
+    prepare: tuple[str, ...] = ()  # rlhub commands that follow the run
     needs: str | None = None  # name of the run that must have finished before
 
     @property
@@ -113,8 +116,9 @@ def write_results(experiment: Experiment, jobs: list[Job], output: Path, seconds
     """The table, the plot and the comparison report of finished runs."""
     rows = [_result(job) for job in jobs]
     arms = list(experiment.arms)
-    table = Table("arm", "metric", "before", "after", "gain per seed (points)", "mean gain")
-    lines = ["| arm | metric | before (mean) | after (mean) | gain per seed (points) | mean gain |", "|---|---|---|---|---|---|"]
+    headings = ["arm", "metric", "before (mean)", "after (mean)", "gain per seed (points)", "mean gain", "95 % interval"]
+    table = Table(*headings)
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for arm in arms:
         for metric in ("greedy", "temperature 1"):
             pairs = [row[metric] for row in rows if row["arm"] == arm and row[metric] is not None]
@@ -122,7 +126,7 @@ def write_results(experiment: Experiment, jobs: list[Job], output: Path, seconds
                 continue
             gains = [100 * (after - before) for before, after in pairs]
             before, after = (f"{mean(pair[index] for pair in pairs):.1%}" for index in (0, 1))
-            cells = [arm, metric, before, after, " ".join(f"{gain:+.1f}" for gain in gains), f"{mean(gains):+.1f}"]
+            cells = [arm, metric, before, after, " ".join(f"{gain:+.1f}" for gain in gains), f"{mean(gains):+.1f}", mean_interval(gains)]
             table.add_row(*cells)
             lines.append("| " + " | ".join(cells) + " |")
     replace_text(output / "results.json", json.dumps({"about": experiment.about, "seconds": seconds, "runs": rows}, indent=2) + "\n")
@@ -138,10 +142,14 @@ def write_results(experiment: Experiment, jobs: list[Job], output: Path, seconds
 
 def _job(experiment: Experiment, recipe: str, output: Path, arm: str, seed: int, options: list[str]) -> Job:
     folder = output / arm / f"seed{seed}"
-    overrides = [*experiment.common, *options, f"run.seed={seed}", f"run.output_dir={output / arm}", f"run.name=seed{seed}"]
-    if not experiment.base or arm == BASE:
-        return Job(arm, seed, recipe, folder, tuple(overrides))
     base = f"{BASE}/seed{seed}"
+    options = [option.replace("<base>", str(output / base)) for option in (*experiment.common, *options)]
+    overrides = [*options, f"run.seed={seed}", f"run.output_dir={output / arm}", f"run.name=seed{seed}"]
+    if arm == BASE:
+        commands = tuple(command.replace("<base>", shlex.quote(str(output / base))) for command in experiment.prepare)
+        return Job(arm, seed, recipe, folder, tuple(overrides), commands)
+    if not experiment.base:
+        return Job(arm, seed, recipe, folder, tuple(overrides))
     return Job(arm, seed, recipe, folder, (*overrides, f"model.path={output / base}"), needs=base)
 
 
@@ -167,12 +175,20 @@ def _run_all(jobs: list[Job], parallel: int, console: Console) -> None:
 def _run_one(job: Job) -> None:
     log = job.folder.parent / f"{job.folder.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as handle:
-        command = [sys.executable, "-m", "rlhub", "train", job.recipe, *job.overrides]
-        finished = subprocess.run(command, stdout=handle, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ, check=False)
-    if finished.returncode:
-        last = log.read_text().strip().splitlines()[-1:]
-        raise RecipeError(f"run {job.name} failed ({' '.join(last)}); its log is {log}, the same command continues the experiment")
+    commands = [["train", job.recipe, *job.overrides], *map(shlex.split, job.prepare)]
+    for number, command in enumerate(commands):
+        done = job.folder / f"prepared_{number}"
+        if done.exists():
+            continue
+        with log.open("a") as handle:
+            finished = subprocess.run(
+                [sys.executable, "-m", "rlhub", *command], stdout=handle, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False
+            )
+        if finished.returncode:
+            last = log.read_text().strip().splitlines()[-1:]
+            raise RecipeError(f"run {job.name} failed ({' '.join(last)}); its log is {log}, the same command continues the experiment")
+        if number:
+            done.touch()
 
 
 def _where(job: Job) -> str:
@@ -194,6 +210,16 @@ def _result(job: Job) -> dict[str, Any]:
         "test_hash": summary.test_hash,
         "seconds": summary.seconds,
     }
+
+
+def mean_interval(gains: list[float]) -> str:
+    """Student's 95 % interval of the mean, such as `+1.2 to +3.4`; empty for fewer than three values."""
+    if len(gains) < 3:
+        return ""
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(gains) - 1) * stdev(gains) / len(gains) ** 0.5
+    return f"{mean(gains) - half:+.1f} to {mean(gains) + half:+.1f}"
 
 
 def _pair(before: float | None, after: float | None) -> tuple[float, float] | None:

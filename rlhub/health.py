@@ -77,7 +77,8 @@ def _is_cut(algorithm: Any, scores: Scores, credit: Credit) -> Tensor:
 def rollout_metrics(rollouts: list[Rollout], eos_id: int) -> dict[str, float]:
     """Grades and lengths of a batch of rollouts.
 
-    Keys: `reward/mean`, `reward/std`, `reward/invalid_share`, `reward/<part>`, `length/mean` (tokens through the first EOS),
+    Keys: `reward/mean`, `reward/std`, `reward/invalid_share`, `reward/<part>`, `step_reward/mean` and
+    `step_reward/invalid_share` (of the grades of all denoising steps), `length/mean` (tokens through the first EOS),
     `eos/flood_rate` (share of completions that are EOS from the first token), `eos/early_rate` (share that ends in the first quarter
     of the canvas), `eos/missing_rate` (share without EOS), `forwards/mean`.
     """
@@ -89,13 +90,22 @@ def rollout_metrics(rollouts: list[Rollout], eos_id: int) -> dict[str, float]:
         "reward/mean": float(np.nanmean(values)) if not np.isnan(values).all() else float("nan"),
         "reward/std": float(np.nanstd(values)) if not np.isnan(values).all() else float("nan"),
         "reward/invalid_share": float(np.isnan(values).mean()),
-        "reward/correct_share": float(np.mean(values == 1.0)),
+        "reward/correct_share": float(np.mean([rollout.reward.accurate for rollout in rollouts])),
         "length/mean": float(length.mean()),
         "eos/flood_rate": float((ended & (length == 1)).mean()),
         "eos/early_rate": float((ended & (length <= canvas / 4)).mean()),
         "eos/missing_rate": float((~ended).mean()),
         "forwards/mean": float(np.mean([rollout.num_forwards for rollout in rollouts])),
     }
-    for part in rollouts[0].reward_parts:
-        metrics[f"reward/{part}"] = float(np.mean([rollout.reward_parts[part].value for rollout in rollouts]))
+    grades = [grade for rollout in rollouts for grade in rollout.step_rewards]
+    if grades:
+        values = [grade.value for grade in grades if grade.valid]
+        metrics["step_reward/mean"] = float(np.mean(values)) if values else float("nan")
+        metrics["step_reward/invalid_share"] = 1 - len(values) / len(grades)
+    for label in dict.fromkeys(label for rollout in rollouts for label in rollout.reward_parts):
+        parts = [rollout.reward_parts[label] for rollout in rollouts if label in rollout.reward_parts]
+        valid = [part.value for part in parts if part.valid]
+        metrics[f"reward/part/{label}"] = float(np.mean(valid)) if valid else float("nan")
+    if hits := sum(rollout.reward.cached for rollout in rollouts):
+        metrics["reward/cache_hits"] = float(hits)
     return metrics

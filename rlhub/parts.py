@@ -39,7 +39,7 @@ class KeyedError(RecipeError):
 def part_names(folder: str) -> list[str]:
     """The parts that ship in a folder: `views`, `rewards`, `transports`, ..."""
     package = importlib.import_module(_PACKAGES.get(folder, f"rlhub.{folder}"))
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg and not module.name.startswith("_"))
 
 
 def load_part(folder: str, name: str) -> ModuleType:

@@ -41,6 +41,24 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class PairsPlan:
+    """What a run on preference data goes through; token counts are of its first rows."""
+
+    source: str
+    num_pairs: int | None  # usable training rows before tokens are counted; None when the data is not there yet
+    num_bad: int
+    group_size: int  # 2: pairs, 1: labelled samples
+    row_tokens: int  # prompt and response on average
+    response_tokens: int
+    steps_per_epoch: int
+    epochs: float
+    noise_plans: int  # that the run looks through; 0 when noise never repeats
+    cache: str | None  # folder of the reference's estimates
+    cached_forwards: int  # once, for estimates that are not in the cache yet
+    forwards_without_cache: int  # of one step
+
+
+@dataclass(frozen=True)
 class BatchPlan:
     prompts: int
     completions_per_prompt: int
@@ -102,6 +120,7 @@ class Plan:
     roles: list[RolePlan]
     memory: list[Memory]
     notes: list[str]
+    pairs: PairsPlan | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -118,12 +137,20 @@ def make_plan(recipe: Recipe) -> Plan:
     from rlhub.algorithm import Algorithm
 
     algorithm = Algorithm.compose(recipe.algorithm)
-    tokenizer = _tokenizer(recipe)
+    absent = _absent_data(recipe)
+    tokenizer = None if absent and recipe.task.name == "preferences" and recipe.model.path is None else _tokenizer(recipe)
     network = meta_network(recipe.model, tokenizer and len(tokenizer))
-    prompts, notes = _read_prompts(recipe, tokenizer)
-    _check_fit(recipe, prompts, network, tokenizer)
-    batch = _batch(recipe, algorithm, prompts)
-    forwards = _forwards(recipe, algorithm, batch)
+    notes = [f"{absent} is not there yet: sizes of the preference data are unknown; download or make it before training"] if absent else []
+    if absent and recipe.task.name == "preferences":
+        prompts = Prompts(0.0, 0, True)
+    else:
+        prompts, more = _read_prompts(recipe, tokenizer)
+        notes += more
+    if recipe.task.reward["name"] != "none":
+        _check_fit(recipe, prompts, network, tokenizer)
+    pairs = _pairs(recipe, algorithm, tokenizer, network.max_length, absent) if "pairs" in recipe.run.phases else None
+    batch = _batch(recipe, algorithm, prompts, pairs)
+    forwards = _forwards(recipe, algorithm, batch, pairs)
     online = [entry for entry in forwards if entry.kind != "sft"]
     return Plan(
         recipe=recipe,
@@ -135,8 +162,9 @@ def make_plan(recipe: Recipe) -> Plan:
         tokens_per_step=sum(entry.tokens for entry in online),
         optimizer_steps=_optimizer_steps(recipe),
         roles=_roles(recipe),
-        memory=_memory(recipe, network, batch),
+        memory=_memory(recipe, network, batch, pairs),
         notes=[*notes, *_notes(recipe, batch, algorithm.needs_reference)],
+        pairs=pairs,
     )
 
 
@@ -173,7 +201,8 @@ def plan_view(plan: Plan) -> Group:
     """The plan as rich tables, the resolved recipe first."""
     recipe = Text(dump_recipe(plan.recipe), style="dim", no_wrap=True, overflow="ignore")
     notes = [Text(f"note: {note}", style="yellow") for note in plan.notes]
-    tables = [_batch_table(plan), _forward_table(plan), _role_table(plan), _memory_table(plan)]
+    pairs = [_pairs_table(plan, plan.pairs)] if plan.pairs else []
+    tables = [*pairs, _batch_table(plan), _forward_table(plan), _role_table(plan), _memory_table(plan)]
     return Group(recipe, *(part for table in tables for part in (table, "")), *notes)
 
 
@@ -213,6 +242,54 @@ def _read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None) -> 
     return Prompts(sum(lengths) / len(lengths), max(lengths), tokenizer is None), notes
 
 
+def _absent_data(recipe: Recipe) -> str | None:
+    """The file with the preference data when it is one that does not exist yet."""
+    from rlhub.data.jsonl import JSON_LINES, PARQUET
+    from rlhub.pairs import source_config
+
+    if "pairs" not in recipe.run.phases and recipe.task.name != "preferences":
+        return None
+    path = source_config(recipe).path
+    return path if path.endswith(JSON_LINES + PARQUET) and not Path(path).is_file() else None
+
+
+def _pairs(recipe: Recipe, algorithm: Algorithm, tokenizer: Any, context: int, absent: str | None) -> PairsPlan:
+    """Epochs, noise plans and what the reference costs, from the data where it is there."""
+    from rlhub.data.preferences import load_preferences
+    from rlhub.pair_reference import cache_folder
+    from rlhub.pairs import encode, pair_order, source_config
+
+    source, limit = source_config(recipe), min(recipe.pairs.max_tokens or context, context)
+    group = 1 if recipe.algorithm.advantage["name"] == "labels" else 2
+    row, response, num_pairs, num_bad = limit, limit, None, 0
+    if not absent:
+        good, bad = load_preferences(source, "train")
+        num_pairs, num_bad, group = len(good), len(bad), len(good[0].responses)
+        first = encode(good[:PROMPTS_READ], tokenizer, limit)[0] if tokenizer else None
+        if first is not None and len(first):
+            lengths = [len(one) for responses in first.responses for one in responses]
+            response = round(sum(lengths) / len(lengths))
+            row = response + round(sum(map(len, first.prompts)) / len(first))
+    order = pair_order(recipe, num_pairs or recipe.algorithm.prompts_per_step)
+    needed = order.needed(recipe.run.steps)
+    rows = algorithm.views[0].rows_per_sample(algorithm.views[1], recipe.sampler.steps)
+    folder = cache_folder(recipe) if algorithm.needs_reference else None
+    return PairsPlan(
+        source=source.path,
+        num_pairs=num_pairs,
+        num_bad=num_bad,
+        group_size=group,
+        row_tokens=row,
+        response_tokens=response,
+        steps_per_epoch=order.steps_per_epoch,
+        epochs=recipe.run.steps / order.steps_per_epoch,
+        noise_plans=len(needed),
+        cache=None if folder is None else str(folder),
+        cached_forwards=sum(needed.values()) * order.num_pairs // order.steps_per_epoch * group * rows if folder else 0,
+        forwards_without_cache=recipe.algorithm.prompts_per_step * group * rows * algorithm.num_views if algorithm.needs_reference else 0,
+    )
+
+
 def _check_fit(recipe: Recipe, prompts: Prompts, network: nn.Module, tokenizer: PreTrainedTokenizerFast | None) -> None:
     """Raises RecipeError when prompts, canvas, vocabulary and micro-batches do not fit the model and each other."""
     longest, held = prompts.longest + recipe.sampler.length, recipe.learner.micro_batch_tokens
@@ -226,17 +303,18 @@ def _check_fit(recipe: Recipe, prompts: Prompts, network: nn.Module, tokenizer: 
         raise RecipeError(f"learner.micro_batch_tokens: {held} cannot hold one row of {longest} tokens; use at least {longest}")
 
 
-def _batch(recipe: Recipe, algorithm: Algorithm, prompts: Prompts) -> BatchPlan:
+def _batch(recipe: Recipe, algorithm: Algorithm, prompts: Prompts, pairs: PairsPlan | None) -> BatchPlan:
     views, config = algorithm.views
-    sequences = recipe.algorithm.prompts_per_step * recipe.algorithm.completions_per_prompt
+    group = pairs.group_size if pairs else recipe.algorithm.completions_per_prompt
+    sequences = recipe.algorithm.prompts_per_step * group
     rows = views.rows_per_sample(config, recipe.sampler.steps)
-    row_tokens = round(prompts.mean) + recipe.sampler.length
+    row_tokens = pairs.row_tokens if pairs else round(prompts.mean) + recipe.sampler.length
     fewest, most = sequences // recipe.roles.learners, -(-sequences // recipe.roles.learners)
     per_micro_batch = max(1, recipe.learner.micro_batch_tokens // row_tokens)
     micro_batches = -(-most * rows // per_micro_batch)
     return BatchPlan(
         prompts=recipe.algorithm.prompts_per_step,
-        completions_per_prompt=recipe.algorithm.completions_per_prompt,
+        completions_per_prompt=group,
         sequences=sequences,
         sequences_per_learner=(fewest, most),
         rows_per_sequence=rows,
@@ -247,11 +325,11 @@ def _batch(recipe: Recipe, algorithm: Algorithm, prompts: Prompts) -> BatchPlan:
     )
 
 
-def _forwards(recipe: Recipe, algorithm: Algorithm, batch: BatchPlan) -> list[Forwards]:
+def _forwards(recipe: Recipe, algorithm: Algorithm, batch: BatchPlan, pairs: PairsPlan | None) -> list[Forwards]:
     """Rows of one step: rollouts, then the likelihoods of each policy."""
     config, sampler = recipe.algorithm, recipe.sampler
     scored = batch.sequences * batch.rows_per_sequence
-    evaluations = config.updates if config.fresh_views == "update" else 1  # of a fixed policy: once for each set of views
+    evaluations = algorithm.num_views  # of a fixed policy: once for each set of views
     entries = []
 
     def add(kind: str, rows: int, why: str, forwards: int = 1, backwards: int = 0) -> None:
@@ -262,19 +340,21 @@ def _forwards(recipe: Recipe, algorithm: Algorithm, batch: BatchPlan) -> list[Fo
         add("sft", rows, f"{recipe.sft.batch_size} demonstrations x {recipe.sft.draws} draws", backwards=1)
     if "online" in recipe.run.phases:
         add("rollout", batch.sequences * sampler.steps, f"{batch.sequences} sequences x {sampler.steps} denoising steps, at most")
+    if "online" in recipe.run.phases or pairs:
         passes = "two passes, the first without gradient" if batch.two_pass else "one pass"
         why = f"{config.updates} updates x {batch.sequences} sequences x {batch.rows_per_sequence} rows, {passes}"
         add("policy", config.updates * scored, why, forwards=2 if batch.two_pass else 1, backwards=1)
         if algorithm.needs_proximal:
             add("proximal", (evaluations - 1) * scored, "the policy before the first update, which itself is free")
         if algorithm.needs_reference:
-            add("reference", evaluations * scored, f"{evaluations} sets of views, {config.reference}")
+            cached = pairs is not None and pairs.cache is not None
+            why = "read from the cache, see above" if cached else f"{evaluations} sets of views, {config.reference}"
+            add("reference", evaluations * scored, why, forwards=0 if cached else 1)
     return entries
 
 
 def _optimizer_steps(recipe: Recipe) -> dict[str, int]:
-    steps = {"sft": recipe.sft.steps, "online": recipe.run.steps * recipe.algorithm.updates}
-    return {phase: steps[phase] for phase in recipe.run.phases}
+    return {phase: recipe.sft.steps if phase == "sft" else recipe.run.steps * recipe.algorithm.updates for phase in recipe.run.phases}
 
 
 def _roles(recipe: Recipe) -> list[RolePlan]:
@@ -287,12 +367,12 @@ def _roles(recipe: Recipe) -> list[RolePlan]:
         ("generator", roles.generators, threads, roles.gpus_per_generator),
         ("learner", roles.learners, threads, roles.gpus_per_learner),
         ("scorer", roles.scorers, threads, roles.gpus_per_scorer),
-        ("reward worker", roles.reward_workers, 1, 0.0),
+        ("reward worker", roles.reward_workers, 1, roles.gpus_per_reward_worker),
     ]
     return [RolePlan(role, count, each, count * each, count * gpus) for role, count, each, gpus in counts if count]
 
 
-def _memory(recipe: Recipe, network: nn.Module, batch: BatchPlan) -> list[Memory]:
+def _memory(recipe: Recipe, network: nn.Module, batch: BatchPlan, pairs: PairsPlan | None) -> list[Memory]:
     """Bytes of one process of each role that holds the model; activations are a rough upper estimate."""
     from torch import nn
 
@@ -303,7 +383,8 @@ def _memory(recipe: Recipe, network: nn.Module, batch: BatchPlan) -> list[Memory
     embeddings = max(module.num_embeddings for module in network.modules() if isinstance(module, nn.Embedding))
     widths = [m.in_features + m.out_features for m in network.modules() if isinstance(m, nn.Linear) and m.out_features != embeddings]
     tokens = min(recipe.learner.micro_batch_tokens, batch.rows_per_micro_batch * batch.row_tokens)
-    logits = 8 * tokens * recipe.sampler.length // batch.row_tokens * network.vocab_size  # float32, with their log-softmax
+    scored = pairs.response_tokens if pairs else recipe.sampler.length
+    logits = 8 * tokens * scored // batch.row_tokens * network.vocab_size  # float32, with their log-softmax
     scoring = logits + 2 * tokens * max(widths) * size
     master = 4 if size < 4 else 0  # float32 copy of low-precision weights
     learner = Memory(
@@ -315,7 +396,7 @@ def _memory(recipe: Recipe, network: nn.Module, batch: BatchPlan) -> list[Memory
     )
     generator = Memory("generator", parameters * size, 0, 0, scoring)
     scorer = Memory("scorer", parameters * size, 0, 0, scoring)
-    return [generator, learner, *([scorer] if recipe.roles.scorers else [])]
+    return [*([generator] if recipe.roles.generators else []), learner, *([scorer] if recipe.roles.scorers else [])]
 
 
 def _notes(recipe: Recipe, batch: BatchPlan, needs_reference: bool) -> list[str]:
@@ -341,6 +422,24 @@ def _notes(recipe: Recipe, batch: BatchPlan, needs_reference: bool) -> list[str]
     return notes
 
 
+def _pairs_table(plan: Plan, pairs: PairsPlan) -> Table:
+    unit, algorithm = ("pairs" if pairs.group_size == 2 else "labelled samples"), plan.recipe.algorithm
+    table = _table(f"Preference data, run {plan.recipe.run.name}", "quantity", "value")
+    bad = f", and {pairs.num_bad} that cannot be used (pairs.on_bad_pair {plan.recipe.pairs.on_bad_pair})" if pairs.num_bad else ""
+    table.add_row("training data", "not there yet" if pairs.num_pairs is None else f"{pairs.num_pairs:,} {unit}{bad}")
+    of_response = f"{pairs.response_tokens} are the response's"
+    table.add_row("a step", f"{algorithm.prompts_per_step} {unit}, {pairs.row_tokens} tokens a row, of which {of_response}")
+    if pairs.num_pairs is not None:
+        table.add_row("epochs", f"{pairs.epochs:.2f} of {pairs.steps_per_epoch:,} steps")
+    noise = f"{pairs.noise_plans} noise plans" if pairs.noise_plans else "new noise every step"
+    table.add_row("noise", f"{noise}, {'shared by' if algorithm.shared_noise else 'different for'} policy and reference")
+    if pairs.cache:
+        per_step = plan.forwards_per_step
+        table.add_row("reference", f"{pairs.cached_forwards:,} forwards once, then read from {pairs.cache}")
+        table.add_row("forwards of a step", f"{per_step:,} with the cache, {per_step + pairs.forwards_without_cache:,} without")
+    return table
+
+
 def _batch_table(plan: Plan) -> Table:
     batch, recipe = plan.batch, plan.recipe
     fewest, most = batch.sequences_per_learner
@@ -348,8 +447,10 @@ def _batch_table(plan: Plan) -> Table:
     table.add_row("prompts x completions", f"{batch.prompts} x {batch.completions_per_prompt} = {batch.sequences:,} sequences")
     table.add_row("sequences per learner", f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}")
     about = "about " if plan.prompts.estimated else ""
-    table.add_row("prompt tokens", f"{about}{plan.prompts.mean:.0f} on average, {plan.prompts.longest} at most in {PROMPTS_READ} prompts")
-    table.add_row("row", f"{batch.row_tokens} tokens, canvas of {recipe.sampler.length}")
+    if plan.prompts.longest:
+        most_tokens = f"{plan.prompts.longest} at most in {PROMPTS_READ} prompts"
+        table.add_row("prompt tokens", f"{about}{plan.prompts.mean:.0f} on average, {most_tokens}")
+    table.add_row("row", f"{batch.row_tokens} tokens" + ("" if plan.pairs else f", canvas of {recipe.sampler.length}"))
     table.add_row("rows per sequence", f"{batch.rows_per_sequence} ({recipe.algorithm.views['name']})")
     table.add_row("micro-batches per update", f"{batch.micro_batches_per_update} of {batch.rows_per_micro_batch} rows on each learner")
     table.add_row("optimizer steps", ", ".join(f"{phase} {steps:,}" for phase, steps in plan.optimizer_steps.items()))
@@ -362,9 +463,10 @@ def _forward_table(plan: Plan) -> Table:
     for entry in plan.forwards:
         numbers = (f"{count:,}" for count in (entry.rows, entry.forwards, entry.backwards, entry.tokens))
         table.add_row(entry.kind, *numbers, entry.why)
-    if "online" in plan.recipe.run.phases:
+    if plan.recipe.run.phases != ["sft"]:
         table.add_section()
-        table.add_row("one RL step", "", f"{plan.forwards_per_step:,}", "", f"{plan.tokens_per_step:,}", "without evaluations")
+        name = "one RL step" if "online" in plan.recipe.run.phases else "one step"
+        table.add_row(name, "", f"{plan.forwards_per_step:,}", "", f"{plan.tokens_per_step:,}", "without evaluations")
     return table
 
 

@@ -150,9 +150,7 @@ def describe_test_set(summary: Summary) -> str:
 
 
 def summary_panel(summary: Summary, run_dir: Path | str) -> Panel:
-    """The end of a run on one screen: held-out accuracy before and after, on what, in how long, and where everything is.
-
-    """
+    """The end of a run on one screen: held-out accuracy before and after, on what, in how long, and where everything is."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("held-out")
     table.add_column(f"before (step {summary.first_step})", justify="right")

@@ -1,9 +1,11 @@
 """Dumps of generated samples, `rollouts/step_00010.jsonl`: readable without the tokenizer, one JSON object a sample.
 
     {"schema": 1, "step": 10, "uid": 7, "group_uid": 1, "prompt": "...", "completion": "...", "tokens": ["3", "+", ...],
-     "unmask_step": [0, 2, ...], "logp": [-0.1, null, ...], "reward": 1.0, "status": "ok", "length": 5}
+     "unmask_step": [0, 2, ...], "logp": [-0.1, null, ...], "reward": 1.0, "status": "ok", "length": 5,
+     "parts": {"answer": {"value": 1.0, "status": "ok", "detail": "right"}, ...}}
 
-`tokens`, `unmask_step` and `logp` cover the whole canvas; `logp` is the model's at temperature 1 at the step that committed the token.
+`tokens`, `unmask_step` and `logp` cover the whole canvas; `logp` is the model's at temperature 1 at the step that committed the token;
+`parts` is there when the reward combines several.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rewards.tools.grader import to_json
 from rlhub.errors import DataError
 from rlhub.metrics import plain, replace_text
 from rlhub.types import Rollout
@@ -34,15 +37,13 @@ def dump_rollouts(
     path: Path | str, step: int, rollouts: Sequence[Rollout], texts: Sequence[tuple[str, str]], token_strings: Sequence[Sequence[str]]
 ) -> None:
     """Writes one dump at once. `texts` holds prompt and completion of each rollout, `token_strings` its canvas token by token."""
-    rows = [
-        rollout_row(step, rollout, *text, strings) for rollout, text, strings in zip(rollouts, texts, token_strings, strict=True)
-    ]
+    rows = [rollout_row(step, rollout, *text, strings) for rollout, text, strings in zip(rollouts, texts, token_strings, strict=True)]
     replace_text(Path(path), "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def rollout_row(step: int, rollout: Rollout, prompt: str, completion: str, tokens: Sequence[str]) -> dict[str, Any]:
     """One sample in the schema above."""
-    return {
+    row = {
         "schema": SCHEMA,
         "step": step,
         "uid": int(rollout.uid),
@@ -56,6 +57,9 @@ def rollout_row(step: int, rollout: Rollout, prompt: str, completion: str, token
         "status": UNGRADED if rollout.reward is None else rollout.reward.status,
         "length": int(rollout.length),
     }
+    if rollout.reward_parts:
+        row["parts"] = {label: to_json(part) for label, part in rollout.reward_parts.items()}
+    return row
 
 
 def read_rollouts(path: Path | str) -> list[dict[str, Any]]:

@@ -18,9 +18,10 @@ from rlhub.checks import check_devices
 from rlhub.config import Recipe
 from rlhub.data import load_task, task_tokenizer
 from rlhub.errors import CheckpointError, RecipeError, UserError, WorkerLost
-from rlhub.evals import evaluation_task
+from rlhub.evals import evaluation_task, shared_prompts
 from rlhub.metrics import read_metrics, replace_text, summarize
 from rlhub.noise import Noise
+from rlhub.pairs import load_pairs, report_bad
 from rlhub.parts import load_part
 from rlhub.plan import format_plan, make_plan
 from rlhub.progress import RunProgress, summary_panel
@@ -30,7 +31,7 @@ from rlhub.run_state import Session, StopRequest, last_position
 from rlhub.tokenizers import load_tokenizer
 from rlhub.trackers import Trackers
 
-PHASES = {"sft": controller.run_sft, "online": controller.run_online}
+PHASES = {"sft": controller.run_sft, "online": controller.run_online, "pairs": controller.run_pairs}
 # Between attempts of one run. Its name is that of its folder, which may have been moved.
 MAY_CHANGE = ("run.name", "run.output_dir", "run.resume", "run.keep_checkpoints", "run.trackers", "run.dashboard", "about")
 
@@ -61,7 +62,7 @@ def _train(recipe: Recipe, console: Console | None) -> Path:
         console.print(
             "it lies in the copy that Ray made for this job and will delete; set run.output_dir to a folder that stays", markup=False
         )
-    last = (recipe.run.phases[-1], recipe.run.steps if recipe.run.phases[-1] == "online" else recipe.sft.steps)
+    last = (recipe.run.phases[-1], recipe.sft.steps if recipe.run.phases[-1] == "sft" else recipe.run.steps)
     if position == last:
         console.print(f"this run is finished (phase {position[0]}, step {position[1]}); nothing to do", markup=False)
         _finish(folder, console)
@@ -72,7 +73,16 @@ def _train(recipe: Recipe, console: Console | None) -> Path:
     eval_task = evaluation_task(recipe)
     model_path = _first_model(recipe, folder)
     tokenizer = load_tokenizer(str(model_path))
-    _check_lengths(recipe, model_path, tokenizer, [train_task, eval_task])
+    context = _context(model_path, tokenizer)
+    if recipe.task.reward["name"] != "none":
+        _check_held_out(train_task, eval_task, console)
+        _check_lengths(recipe, context, tokenizer, [train_task, eval_task])
+    pairs = None
+    if "pairs" in recipe.run.phases or recipe.task.name == "preferences":
+        pairs = load_pairs(recipe, tokenizer, context)
+        bad = report_bad(pairs, folder / "bad_pairs.jsonl")
+        if bad is not None:
+            console.print(bad, markup=False, highlight=False, soft_wrap=True)
 
     from workers.placement import assemble
 
@@ -86,7 +96,7 @@ def _train(recipe: Recipe, console: Console | None) -> Path:
                 phase, step = position or (recipe.run.phases[0], -1)
                 trackers.truncate_after(phase, step, recipe.run.phases)
             session = Session(
-                recipe, folder, model_path, tokenizer, train_task, eval_task, crew, trackers, progress, position, stop, wall_before
+                recipe, folder, model_path, tokenizer, train_task, eval_task, crew, trackers, progress, position, stop, wall_before, pairs
             )
             session.started = started
             done = recipe.run.phases.index(position[0]) if position else 0
@@ -168,15 +178,26 @@ def _first_model(recipe: Recipe, folder: Path) -> Path:
     return path
 
 
-def _check_lengths(recipe: Recipe, model_path: Path, tokenizer: Any, tasks: list[Any]) -> None:
+def _context(model_path: Path, tokenizer: Any) -> int:
+    """The longest row of tokens that the model takes, after checking that it can mask."""
+    config = json.loads((model_path / "config.json").read_text())
+    if tokenizer.mask_token_id is None:
+        raise CheckpointError(f"the tokenizer in {model_path} has no mask token; set mask_token in tokenizer_config.json")
+    return family_of(config).Config.from_published(config).max_sequence_length
+
+
+def _check_held_out(train_task: Any, eval_task: Any, console: Console) -> None:
+    shared = shared_prompts(train_task, eval_task)
+    if shared and shared == eval_task.size:
+        raise RecipeError(f"all {shared} test prompts are training prompts too; give held-out rows of their own, such as task.eval.path")
+    if shared:
+        console.print(f"{shared} of {eval_task.size} test prompts occur in the training data, so accuracy flatters", markup=False)
+
+
+def _check_lengths(recipe: Recipe, context: int, tokenizer: Any, tasks: list[Any]) -> None:
     """Refuse prompts that do not fit the context before anything starts, on the first examples of each split."""
     from rlhub.tokenizers import encode_prompts
 
-    config_file = model_path / "config.json"
-    config = json.loads(config_file.read_text())
-    context = family_of(config).Config.from_published(config).max_sequence_length
-    if tokenizer.mask_token_id is None:
-        raise CheckpointError(f"the tokenizer in {model_path} has no mask token; set mask_token in tokenizer_config.json")
     for task in tasks:
         count = 256 if task.size is None else min(task.size, 1024)
         examples = [task.example(index) for index in range(count)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -16,9 +17,11 @@ from rlhub.algorithm import Algorithm
 from rlhub.checkpoint import checkpoint_name, read_manifest, remove_old_checkpoints, sealed_checkpoints, write_manifest
 from rlhub.config import AlgorithmConfig, OptimizerConfig, Recipe
 from rlhub.data import Task
+from rlhub.errors import UserError
 from rlhub.evals import evaluate
 from rlhub.metrics import SpanClock, busy_union, idle_share
 from rlhub.noise import Noise
+from rlhub.pairs import PairData, evaluate_pairs
 from rlhub.pipeline import Issued, prompt_text
 from rlhub.progress import RunProgress
 from rlhub.rollout_log import dump_rollouts, rollout_path, token_strings
@@ -67,9 +70,11 @@ class Session:
     position: tuple[str, int] | None
     stop: StopRequest
     wall_before: float = 0.0  # seconds of earlier attempts
+    pairs: PairData | None = None  # preference data, where the recipe has some
     noise: Noise = field(init=False)
     clock: SpanClock = field(default_factory=SpanClock)
     needs_reference: bool = False
+    reference_path: Path | None = None  # the model folder of the reference as the phase, or its resumed part, began
 
     def __post_init__(self) -> None:
         self.noise = Noise(self.recipe.run.seed)
@@ -90,7 +95,8 @@ class Session:
         self.needs_reference = Algorithm.compose(algorithm).needs_reference
         if self.needs_reference:
             followed = self._checkpoint(*self.position) / "reference" if resumed else start
-            self.crew.set_reference(str(followed if followed.exists() else start))
+            self.reference_path = followed if followed.exists() else start
+            self.crew.set_reference(str(self.reference_path))
 
     def steps(self, phase: str, total: int, eval_every: int) -> Iterator[int]:
         """The steps still to be made, each evaluated, logged and checkpointed as the recipe says when the loop comes back for the next.
@@ -99,19 +105,20 @@ class Session:
         """
         done = self.position[1] if self.position is not None and self.position[0] == phase else 0
         self.progress.phase(phase, total, done)
-        self.publish_at(phase, done)
+        if self.crew.generators.handles:
+            self.publish_at(phase, done)
         if done == 0:
             self.clock.reset()
-            self._log(phase, 0, self._evaluate())
+            self._log(phase, 0, self._evaluate(phase))
         for step in range(done + 1, total + 1):
             self.clock.reset()
             self.crew.runtime.take_intervals()
             self.row = {}
             yield step
             due = step % eval_every == 0 or step == total
-            if due and phase == "sft":
+            if due and phase != "online" and self.crew.generators.handles:
                 self.publish_at(phase, step)
-            row = self.row | (self._evaluate() if due else {})
+            row = self.row | (self._evaluate(phase) if due else {})
             self.position = (phase, step)
             self._log(phase, step, row)
             every = eval_every if phase == "sft" else self.recipe.run.checkpoint_every
@@ -123,19 +130,33 @@ class Session:
     def publish(self, step: int) -> None:
         """Send the learners' weights to the generators after an online step."""
         self.publish_at("online", step)
-        if self.recipe.algorithm.reference.startswith("sync_every:"):
-            every = int(self.recipe.algorithm.reference.partition(":")[2])
-            if self.needs_reference and step % every == 0:
-                self.crew.copy_reference()
+        self.follow_policy("online", step)
+
+    def follow_policy(self, phase: str, step: int) -> None:
+        """Give the scorers the policy's weights where the recipe says `sync_every:N` and N steps are over."""
+        name, _, every = self.recipe.algorithm.reference.partition(":")
+        if name == "sync_every" and self.needs_reference and step % int(every) == 0:
+            if phase != "online":
+                self.publish_at(phase, step)
+            self.crew.copy_reference()
 
     def publish_at(self, phase: str, step: int) -> None:
         """Versions count the steps of all phases, so they grow through a run."""
-        offset = self.recipe.sft.steps if phase == "online" and "sft" in self.recipe.run.phases else 0
+        offset = self.recipe.sft.steps if phase != "sft" and "sft" in self.recipe.run.phases else 0
         receipt = self.crew.publish(offset + step)
         self.row |= {"sync/receipt_ok": 1.0, "sync/version": receipt.version, "system/sync_bytes": receipt.num_bytes}
 
     def finish_step(self, metrics: dict[str, Any], num_samples: int) -> None:
-        """Close the clocks of a step: time per phase, idle share per role and what the controller itself cost."""
+        """Close the clocks of a step: time per phase, idle share per role and what the controller itself cost.
+
+        Raises:
+            UserError: the gradient is not finite, after which the weights are of no use.
+        """
+        if not math.isfinite(metrics.get("grad_norm", 0.0)):
+            raise UserError(
+                f"the gradient norm is {metrics['grad_norm']} after this step, so the weights are lost; the last checkpoint is whole: "
+                "start again under another run.name with a lower learning rate, or from that checkpoint with model.path"
+            )
         window = self.clock.window()
         intervals = self.crew.runtime.take_intervals()
         everything = [interval for part in intervals.values() for interval in part]
@@ -161,9 +182,15 @@ class Session:
         strings = [token_strings(self.tokenizer, rollout.completion_ids) for rollout in shown]
         dump_rollouts(rollout_path(self.folder, step), step, shown, pairs[: len(shown)], strings)
 
-    def _evaluate(self) -> dict[str, Any]:
+    def _evaluate(self, phase: str) -> dict[str, Any]:
+        metrics: dict[str, Any] = {}
         with self.span("eval"):
-            return evaluate(self.crew, self.recipe, self.eval_task, self.tokenizer)
+            if self.recipe.task.reward["name"] != "none":
+                metrics |= evaluate(self.crew, self.recipe, self.eval_task, self.tokenizer)
+            if self.pairs is not None:
+                metrics |= {"data/pairs": len(self.pairs.train), "data/bad_pairs": self.pairs.num_bad}
+                metrics |= evaluate_pairs(self.crew, self.recipe, self.pairs.held_out, phase == "pairs", self.needs_reference)
+        return metrics
 
     def _log(self, phase: str, step: int, row: dict[str, Any]) -> None:
         wall = self.wall_before + self.clock.window()[1] - self.started

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # graders import this module in processes that must start fast
+    import numpy as np
+    from torch import Tensor
 
 Attention = Literal["full", "block_causal"]
 Kind = Literal["exact", "lower", "upper", "proxy"]
@@ -52,15 +52,26 @@ class Request:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """A grade. `value` counts only when `status` is `ok` or `unparsed`; anything else is a failure of the grader, never a zero."""
+    """A grade. `value` counts only when `status` is `ok` or `unparsed`; anything else is a failure of the grader, never a zero.
+
+    `parts` holds the grades that were combined, by label and the main one first; `cached` says that the value was looked up.
+    """
 
     value: float
     status: RewardStatus = "ok"
     detail: str = ""
+    parts: dict[str, RewardResult] = field(default_factory=dict)
+    cached: bool = False
 
     @property
     def valid(self) -> bool:
         return self.status in ("ok", "unparsed")
+
+    @property
+    def accurate(self) -> bool:
+        """Is the answer right? The value of the main part, or the value itself where nothing was combined, is 1.0."""
+        main = next(iter(self.parts.values()), None)
+        return self.valid and (self.value == 1.0 if main is None else main.accurate)
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,7 @@ class Rollout:
     model_hash: str = ""
     reward: RewardResult | None = None
     reward_parts: dict[str, RewardResult] = field(default_factory=dict)
+    step_rewards: tuple[RewardResult, ...] = ()  # [S], grades of the states between; empty where they are not graded
 
     def graded(self, reward: RewardResult, parts: dict[str, RewardResult] | None = None) -> Rollout:
         """A copy with its grade."""
@@ -120,6 +132,8 @@ class Batch:
     @property
     def valid(self) -> np.ndarray:
         """bool [B]: samples with a usable grade."""
+        import numpy as np
+
         return ~np.isnan(self.rewards[self.group, self.member])
 
 
@@ -146,7 +160,8 @@ class Layout:
     @property
     def lengths(self) -> Tensor:
         """int64 [N], tokens of each row."""
-        return torch.diff(self.row_offsets.long())
+        offsets = self.row_offsets.long()
+        return offsets[1:] - offsets[:-1]
 
 
 @dataclass(frozen=True)

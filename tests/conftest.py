@@ -45,7 +45,7 @@ def stopping(prompt, completion, row):
     """Ctrl-C while a file named `stop` asks for it."""
     if (HERE / "stop").exists():
         (HERE / "stop").unlink()
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getppid(), signal.SIGINT)
     return ascending(prompt, completion, row)
 
 def picky(prompt, completion, row):

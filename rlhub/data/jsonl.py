@@ -48,7 +48,7 @@ def build(config: Config, split: Split, seed: int) -> Task:
     Raises:
         DataError: the file is missing or malformed; a row lacks a field or has an empty prompt.
     """
-    rows = _load(config)
+    rows = load_rows(config)
     if not rows:
         raise DataError(f"{config.path}: no rows")
     examples = [_example(config, index, number, row) for index, (number, row) in enumerate(rows[: config.limit])]
@@ -99,7 +99,12 @@ def _is_file(path: str) -> bool:
     return path.endswith(JSON_LINES + PARQUET)
 
 
-def _load(config: Config) -> list[tuple[int, dict[str, Any]]]:
+def load_rows(config: Any) -> list[tuple[int, dict[str, Any]]]:
+    """Numbered rows of a file or source: any object with the fields `path`, `subset` and `source_split` says which.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     if config.path.endswith(JSON_LINES):
         return read_jsonl(config.path)
     from datasets import Dataset, load_dataset

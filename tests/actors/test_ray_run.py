@@ -204,6 +204,20 @@ def test_kill_9_of_a_generator_and_a_reward_worker_in_mid_step(tiny: Callable[..
     assert distance(weights(run), weights(local_run)) == 0.0
 
 
+def test_a_frozen_generator_is_replaced(tiny: Callable[..., Recipe], local_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "tiny"
+
+    def freeze() -> None:
+        wait_for(lambda: ("online", 1) in [(row["phase"], row["step"]) for row in read_metrics(run / "metrics.jsonl")])
+        os.kill(process_of(run, "generator-1"), signal.SIGSTOP)
+
+    threading.Thread(target=freeze, daemon=True).start()
+    limits = ("roles.generate_timeout_seconds=5", "weights.timeout_seconds=5")
+    train(tiny(f"run.output_dir={tmp_path}", "roles.generators=2", "run.runtime=ray", *limits), silent())
+    assert read_metrics(run / "metrics.jsonl")[-1]["system/workers_lost"] >= 1
+    assert rows(run) == rows(local_run)
+
+
 def test_the_death_of_a_learner_ends_the_run_with_its_log(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     run = tmp_path / "tiny"
 

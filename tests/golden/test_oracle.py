@@ -378,8 +378,7 @@ def graded(groups: int = 3, members: int = 4) -> tuple[Rollout, ...]:
     rollouts = Engine(network()).generate(made, sampler("random", 6, 6, early_stop="fill_eos"), NOISE)
     failed = {1, 8, 9, 11}
     return tuple(
-        rollout.graded(RewardResult(float(values[index]), "timeout" if index in failed else "ok"))
-        for index, rollout in enumerate(rollouts)
+        rollout.graded(RewardResult(float(values[index]), "timeout" if index in failed else "ok")) for index, rollout in enumerate(rollouts)
     )
 
 

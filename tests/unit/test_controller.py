@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from rlhub import controller
 from rlhub.config import Recipe
 from rlhub.data import load_task, task_tokenizer
-from rlhub.errors import CheckpointError, DataError, RecipeError, WorkerHung, WorkerLost
+from rlhub.errors import CheckpointError, DataError, RecipeError, UserError, WorkerHung, WorkerLost
 from rlhub.evals import evaluate_checkpoint, evaluation_task
 from rlhub.metrics import read_metrics, without_clocks
 from rlhub.noise import Noise
@@ -116,6 +116,14 @@ def test_training_changes_the_weights_and_sft_ends_where_rl_begins(finished: Pat
     assert any(not torch.equal(sft[name], last[name]) for name in first)
     written = rows(finished)
     assert written[4]["eval/reward_t1"] == written[5]["eval/reward_t1"]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny(f"run.output_dir={tmp_path}", "sft.optimizer.learning_rate=1e30", "sft.optimizer.warmup_steps=0", "sft.steps=20")
+    with pytest.raises(UserError, match=r"gradient norm is (nan|inf).*lower learning rate"):
+        train(recipe, silent())
+    for checkpoint in (tmp_path / "tiny" / "checkpoints").glob("*/hf/model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint).values())
 
 
 def hf(run: Path, step: int) -> list[Path]:
@@ -595,3 +603,16 @@ def test_runs_do_not_need_the_main_thread(tiny: Callable[..., Recipe], tmp_path:
 def test_a_crew_that_cannot_be_completed_says_why(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no model folder"):
         assemble(tiny(), tmp_path / "missing")
+
+
+def test_held_out_rows_that_are_training_rows_are_refused_or_told(tiny: Callable[..., Recipe], finished: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": text, "completion": text, "answer": text}) for text in ("2 1", "1 2", "3 4", "4 3")]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows[:3]))
+    (tmp_path / "test.jsonl").write_text("\n".join(rows[2:]))
+    options = [f"run.output_dir={tmp_path}", f"model.path={finished}", "task.name=jsonl", "run.phases=[sft]"]
+    task = f"task.train={{path: {tmp_path}/train.jsonl, completion: completion}}"
+    with pytest.raises(RecipeError, match="all 3 test prompts are training prompts too"):
+        train(tiny(*options, task), silent())
+    console = Console(file=io.StringIO(), width=200)
+    train(tiny(*options, task, f"task.eval={{path: {tmp_path}/test.jsonl}}", "run.name=other"), console)
+    assert "1 of 2 test prompts occur in the training data" in console.file.getvalue()

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 import yaml
 
 from rlhub.errors import RecipeError
-from rlhub.experiment import load_experiment, run_experiment
+from rlhub.experiment import load_experiment, mean_interval, run_experiment
 from rlhub.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -36,6 +37,36 @@ def test_arms_start_from_the_base_of_their_seed_and_a_second_call_runs_nothing(t
     written = (output / "espo/seed3/metrics.jsonl").read_bytes()
     run_experiment(file, output)
     assert (output / "espo/seed3/metrics.jsonl").read_bytes() == written
+
+
+def test_arms_use_what_was_prepared_from_the_base_of_their_seed(tmp_path: Path):
+    file = tmp_path / "pairs.yaml"
+    common = ["sft.steps=2", "sft.eval_every=2", "sft.batch_size=4", "task.train.digits=3", "task.eval.test_size=8", "task.eval_rows=8"]
+    common += ["model.config={d_model: 16, n_layers: 1, n_heads: 2, mlp_hidden_size: 32}", "task.reward={name: contains, texts: ['1']}"]
+    common += ["sampler={length: 3, steps: 3, block_length: 3}", "run.steps=1", "algorithm.prompts_per_step=2", "pairs.eval_rows=2"]
+    content = {
+        "recipe": str(RECIPES / "sort_pairs.yaml"),
+        "seeds": [1],
+        "common": common,
+        "base": ["run.phases=[sft]", "model.path=null"],
+        "prepare": ["pairs <base> --out <base>/pairs.jsonl --prompts 256"],
+        "arms": {"vrpo": ["pairs.data.path=<base>/pairs.jsonl"]},
+    }
+    file.write_text(yaml.safe_dump(content))
+    output = run_experiment(file, tmp_path / "out")
+    pairs = output / "base/seed1/pairs.jsonl"
+    assert pairs.stat().st_size > 0
+    assert str(pairs) in (output / "vrpo/seed1/config.yaml").read_text()
+    written = pairs.stat().st_mtime_ns
+    run_experiment(file, output)
+    assert pairs.stat().st_mtime_ns == written
+
+
+def test_interval_is_students():
+    gains = [1.0, 2.0, 3.0, 4.0, 10.0]
+    half = 2.776 * stdev(gains) / 5**0.5
+    assert mean_interval(gains) == f"{4 - half:+.1f} to {4 + half:+.1f}"
+    assert mean_interval(gains[:2]) == ""
 
 
 def test_a_failing_run_names_its_log(tmp_path: Path):

@@ -136,9 +136,7 @@ def test_integers_are_uniform_and_in_range():
     assert stream.integer(1) == 0
 
 
-@pytest.mark.parametrize(
-    ("field", "width"), [("uid", 64), ("step", 32), ("position", 32), ("update", 24), ("draw", 24), ("epoch", 16)]
-)
+@pytest.mark.parametrize(("field", "width"), [("uid", 64), ("step", 32), ("position", 32), ("update", 24), ("draw", 24), ("epoch", 16)])
 def test_fields_out_of_range_are_refused(field, width):
     largest = (1 << width) - 1
     assert Noise(0).uniform("views", 1, **{field: largest}) != Noise(0).uniform("views", 1)

@@ -1,0 +1,112 @@
+"""`rlhub pairs`: offline preference pairs from a policy, labelled by the task's reward."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from rlhub.checkpoint import resolve_model_path
+from rlhub.config import Recipe
+from rlhub.data import load_task
+from rlhub.errors import DataError, RecipeError, UserError, WorkerLost
+from rlhub.metrics import replace_text
+from rlhub.pipeline import SAMPLE, evaluation_settings, generate, grade, issue
+from rlhub.progress import RunProgress
+from rlhub.recipe import load_recipe, validate
+
+PROMPTS_AT_ONCE = 64
+
+
+def sample_pairs(
+    path: Path,
+    out: Path,
+    num_prompts: int,
+    overrides: list[str] | None = None,
+    recipe_path: str | None = None,
+    console: Console | None = None,
+) -> str:
+    """Write `{prompt, chosen, rejected, chosen_reward, rejected_reward}` for every training prompt whose completions differ in reward.
+
+    `algorithm.completions_per_prompt` completions of each prompt are sampled at temperature 1. At a tie the first one stands for the
+    others. Returns one line that says how many prompts gave a pair and why the others did not.
+
+    Raises:
+        RecipeError: no recipe is given and the checkpoint lies in no run folder, or it has no reward or groups of one.
+        DataError: no prompt gave a pair.
+        UserError: a worker kept dying.
+    """
+    from rlhub.tokenizers import load_tokenizer
+    from workers.placement import assemble
+
+    model_path = resolve_model_path(Path(path))
+    recipe = _recipe(path, model_path, overrides or [], recipe_path)
+    task = load_task(recipe.task.name, recipe.task.train, "train", recipe.run.seed)
+    tokenizer = load_tokenizer(str(model_path))
+    crew = assemble(recipe, model_path)
+    rows: list[dict[str, Any]] = []
+    counts = {"without signal": 0, "with fewer than two valid grades": 0}
+    try:
+        with RunProgress(console or Console(stderr=True)) as progress:
+            progress.phase("pairs", num_prompts)
+            for first in range(0, num_prompts, PROMPTS_AT_ONCE):
+                size = min(PROMPTS_AT_ONCE, num_prompts - first)
+                issued = issue(task, tokenizer, SAMPLE, first // PROMPTS_AT_ONCE, first, size, recipe.algorithm.completions_per_prompt)
+                rollouts = generate(crew, issued, evaluation_settings(recipe.sampler, 1.0))
+                rollouts, texts = grade(crew, issued, rollouts, tokenizer, recipe.reward_pool.batch_size)
+                for start in range(0, len(rollouts), recipe.algorithm.completions_per_prompt):
+                    group = range(start, start + recipe.algorithm.completions_per_prompt)
+                    values = np.array([rollouts[one].reward.value if rollouts[one].reward.valid else np.nan for one in group])
+                    found = best_and_worst(values)
+                    if isinstance(found, str):
+                        counts[found] += 1
+                        continue
+                    best, worst = found
+                    rows.append(
+                        {
+                            "prompt": issued.examples[start].prompt,
+                            "chosen": texts[start + best],
+                            "rejected": texts[start + worst],
+                            "chosen_reward": float(values[best]),
+                            "rejected_reward": float(values[worst]),
+                        }
+                    )
+                progress.update(first + size)
+    except WorkerLost as error:
+        raise UserError(str(error)) from error
+    finally:
+        crew.close()
+    summary = f"{len(rows)} pairs from {num_prompts} prompts" + "".join(f", {count} {name}" for name, count in counts.items() if count)
+    if not rows:
+        raise DataError(f"{summary}: nothing to write; raise algorithm.completions_per_prompt or take another policy")
+    replace_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return f"{out}: {summary}"
+
+
+def best_and_worst(values: np.ndarray) -> tuple[int, int] | str:
+    """Indices of the highest and the lowest reward [G] (NaN where invalid); or why there is no pair."""
+    if (~np.isnan(values)).sum() < 2:
+        return "with fewer than two valid grades"
+    best, worst = int(np.nanargmax(values)), int(np.nanargmin(values))
+    return (best, worst) if values[best] > values[worst] else "without signal"
+
+
+def _recipe(path: Path, model_path: Path, overrides: list[str], recipe_path: str | None) -> Recipe:
+    """The recipe of the run in which the model lies, or the one given, for generators and reward workers alone."""
+    if recipe_path is None:
+        found = [folder / "config.yaml" for folder in (model_path, *model_path.parents) if (folder / "config.yaml").exists()]
+        if not found:
+            raise RecipeError(f"{path} lies in no run folder; say which task with --recipe RECIPE")
+        recipe_path = str(found[0])
+    recipe = load_recipe(recipe_path, overrides)
+    validate(recipe)
+    if recipe.task.reward["name"] == "none":
+        raise RecipeError("task.reward.name: none, but pairs are made by a reward; name a module of rewards")
+    if recipe.algorithm.completions_per_prompt < 2:
+        raise RecipeError("algorithm.completions_per_prompt: a pair needs at least 2 completions of a prompt, got 1")
+    recipe.roles.scorers, recipe.roles.learners, recipe.learner.backend = 0, 0, "torch"
+    recipe.model.path = str(model_path)
+    return recipe
