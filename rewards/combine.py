@@ -15,6 +15,8 @@ status, unless it says `optional: true`: then it adds nothing, and its own statu
 Options of a part: `reward` (needed), `label` (the reward's name by default), `weight` (1.0), `optional` (false), `gate` (`{part: LABEL,
 at_least: VALUE}`; a gate on a part that failed stays closed), `curve` (`[[value, credit], ...]` with rising values: linear in between,
 flat outside, e.g. `[[0.5, 0], [1, 1]]` for no credit below one half).
+
+The limits of the reward pool cover an item with all its parts, unless every part has limits of its own.
 """
 
 from __future__ import annotations
@@ -75,8 +77,8 @@ def batched(config: Config) -> bool:
 
 
 def own_limits(config: Config) -> bool:
-    """Does any part bound its own time? Then no deadline of one part fits the whole."""
-    return any(grader.own_limits for _, grader in _loaded(config))
+    """Do all parts bound their own time and memory? Otherwise the pool's deadline covers the whole, so that no part can hang it."""
+    return all(grader.own_limits for _, grader in _loaded(config))
 
 
 def prepare(config: Config) -> None:

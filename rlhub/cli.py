@@ -102,7 +102,7 @@ def evaluate(path: Path, overrides: tuple[str, ...], recipe_path: str | None, as
     \b
     Examples:
       rlhub eval runs/sort
-      rlhub eval runs/sort/checkpoints/online_00060 task.eval_rows=2048 eval_temperatures=[0.0]
+      rlhub eval runs/sort/checkpoints/step_00060 task.eval_rows=2048 eval_temperatures=[0.0]
       rlhub eval exported/ --recipe recipes/sort.yaml --json
     """
     from rlhub.evals import evaluate_checkpoint
@@ -219,7 +219,7 @@ def experiment(path: Path, output: Path | None) -> None:
     \b
     Examples:
       rlhub experiment recipes/experiments/quickstart.yaml
-      rlhub experiment recipes/ablation_espo.yaml --output runs/ablation
+      rlhub experiment recipes/experiments/ablation_espo.yaml --output runs/ablation
     """
     from rlhub.experiment import run_experiment
 

@@ -77,7 +77,7 @@ def _is_cut(algorithm: Any, scores: Scores, credit: Credit) -> Tensor:
 def rollout_metrics(rollouts: list[Rollout], eos_id: int) -> dict[str, float]:
     """Grades and lengths of a batch of rollouts.
 
-    Keys: `reward/mean`, `reward/std`, `reward/invalid_share`, `reward/<part>`, `step_reward/mean` and
+    Keys: `reward/mean`, `reward/std`, `reward/invalid_share`, `reward/part/<label>`, `reward/cache_hits`, `step_reward/mean` and
     `step_reward/invalid_share` (of the grades of all denoising steps), `length/mean` (tokens through the first EOS),
     `eos/flood_rate` (share of completions that are EOS from the first token), `eos/early_rate` (share that ends in the first quarter
     of the canvas), `eos/missing_rate` (share without EOS), `forwards/mean`.

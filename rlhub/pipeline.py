@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rewards import Item
 from rlhub.config import Recipe, SamplerConfig
 from rlhub.data import Task
 from rlhub.errors import DataError, WorkerHung, WorkerLost
@@ -50,10 +51,10 @@ def generate(crew: Any, issued: Issued, settings: SamplerConfig) -> list[Rollout
 
 
 def grade(crew: Any, issued: Issued, rollouts: Sequence[Rollout], tokenizer: Any, batch_size: int) -> tuple[list[Rollout], list[str]]:
-    """The rollouts with their grades, and their texts."""
+    """The rollouts with their grades, and their texts. Graders get prompts as the task has them, text or chat messages."""
     texts = [decode(tokenizer, rollout.completion_ids) for rollout in rollouts]
     items = [
-        (prompt_text(example), text, example.columns | {"rollout": rollout_facts(rollout)})
+        (example.prompt, text, example.columns | {"rollout": rollout_facts(rollout)})
         for example, text, rollout in zip(issued.examples, texts, rollouts, strict=True)
     ]
     results = grade_items(crew, items, batch_size)
@@ -66,7 +67,7 @@ def rollout_facts(rollout: Rollout) -> dict[str, int]:
     return {"num_tokens": int(rollout.length), "num_forwards": int(rollout.num_forwards), "length": len(rollout.completion_ids)}
 
 
-def grade_items(crew: Any, items: Sequence[tuple[str, str, dict[str, Any]]], batch_size: int) -> list[RewardResult]:
+def grade_items(crew: Any, items: Sequence[Item], batch_size: int) -> list[RewardResult]:
     """One result per (prompt, completion, columns), in order.
 
     A batch whose reward worker keeps dying or hanging is graded one by one, so that this status stands only at the completions that
@@ -104,7 +105,7 @@ def grade_states(crew: Any, issued: Issued, rollouts: Sequence[Rollout], tokeniz
     if settings.every == 0:
         return list(rollouts)
     graded_at = [min(step - step % settings.every + settings.every, num_steps) - 1 for step in range(num_steps)]
-    items: list[tuple[str, str, dict[str, Any]]] = []
+    items: list[Item] = []
     places: list[dict[int, int]] = []  # of each rollout: graded step -> item, for steps before the rollout's last commit
     for example, rollout in zip(issued.examples, rollouts, strict=True):
         commits = np.unique(rollout.unmask_step[rollout.unmask_step != NEVER])
@@ -117,7 +118,7 @@ def grade_states(crew: Any, issued: Issued, rollouts: Sequence[Rollout], tokeniz
             if done not in seen:
                 seen[done] = len(items)
                 text = state_text(tokenizer, state_after(rollout, step, tokenizer.mask_token_id), settings.mask_text)
-                items.append((prompt_text(example), text, example.columns | {"rollout": rollout_facts(rollout)}))
+                items.append((example.prompt, text, example.columns | {"rollout": rollout_facts(rollout)}))
             place[step] = seen[done]
         places.append(place)
     grades = grade_items(crew, items, recipe.reward_pool.batch_size)
@@ -149,13 +150,6 @@ def shuffle_grades(rollouts: Sequence[Rollout], noise: Noise, step: int) -> list
         dataclasses.replace(rollout, **{name: getattr(rollouts[source], name) for name in ("reward", "reward_parts", "step_rewards")})
         for rollout, source in zip(rollouts, order, strict=True)
     ]
-
-
-def prompt_text(example: Example) -> str:
-    """A prompt as one text; chat messages are joined by newlines."""
-    if isinstance(example.prompt, str):
-        return example.prompt
-    return "\n".join(message["content"] for message in example.prompt)
 
 
 def demonstration_batch(task: Task, tokenizer: Any, recipe: Recipe, step: int) -> Batch:

@@ -8,12 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from rewards.tools.grader import Item, to_json
 from rlhub.config import RewardPoolConfig
@@ -23,24 +21,6 @@ from workers.reward_pool import RewardPool
 MAX_BYTES = 64 * 2**20  # of one request
 MAX_WAITING = 20_000  # items in the queue; beyond, clients are told to come back
 RETRY_SECONDS = 1  # after which they are
-
-
-def reward_part(name: str, options: Sequence[str]) -> dict[str, Any]:
-    """A recipe's `task.reward` from the command line.
-
-    >>> reward_part("countdown", ["answer=whole"])
-    {'name': 'countdown', 'answer': 'whole'}
-
-    Raises:
-        UserError: an option is not KEY=VALUE.
-    """
-    for option in options:
-        if not option.partition("=")[0] or "=" not in option:
-            raise UserError(f"expected KEY=VALUE for an option of the reward, got {option!r}")
-    try:
-        return {"name": name, **OmegaConf.to_container(OmegaConf.from_dotlist(list(options)))}
-    except OmegaConfBaseException as error:
-        raise UserError(f"the options of {name} cannot be read: {error}") from error
 
 
 def serve(part: dict[str, Any], host: str, port: int, config: RewardPoolConfig, announce: Callable[[str], None] = print) -> None:

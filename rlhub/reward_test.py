@@ -1,4 +1,4 @@
-"""Grading a file of completions: statuses, confusion against labels, disagreements and time per item."""
+"""Grading a file of completions as training does: statuses, confusion against labels, disagreements and time per item."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, get_args
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from rewards import Grader, Item, load_grader
+from rewards import Item
+from rlhub.config import RewardPoolConfig
 from rlhub.data.jsonl import read_jsonl
 from rlhub.errors import DataError, UserError
 from rlhub.types import RewardResult, RewardStatus
+from workers.reward_pool import RewardPool
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-CHUNK = 64  # items of one call of a batched grader
 LONG = 200  # rows from which a terminal sees a progress bar
+LOOK_SECONDS = 0.2  # between its updates
 LABELS = {
     **dict.fromkeys(["1", "1.0", "true", "yes", "correct", "right", "pass", "passed"], True),
     **dict.fromkeys(["0", "0.0", "false", "no", "incorrect", "wrong", "fail", "failed"], False),
@@ -29,32 +28,40 @@ LABELS = {
 FIELDS = ("prompt", "completion", "label")
 
 
-def grade_file(name: str, options: list[str], path: str, columns: str = "") -> dict[str, Any]:
-    """The report of `rlhub reward test`: plain values, ready for JSON. `statuses` sums to `rows`; a failed grade agrees with no label.
+def grade_file(part: dict[str, Any], path: str, columns: str = "", config: RewardPoolConfig | None = None) -> dict[str, Any]:
+    """The report of `rlhub reward test`: plain values, ready for JSON.
+
+    `statuses` sums to `rows`, a failed grade agrees with no label, and `seconds_per_item` is the time from the first item's start to the
+    last one's end, over the rows: more processes make it smaller.
+
+    Args:
+        part: `{"name": ..., **options}`.
+        config: processes, deadline and memory of the grading.
 
     Raises:
         UserError: the file, a row, the reward's name or an option is not usable.
     """
     rows = _rows(path, _mapping(columns))
-    grader = _grader(name, options)
     start = time.perf_counter()
-    grader.prepare()
-    prepared = time.perf_counter()
-    results = list(_results(grader, [item for _, item, _ in rows]))
-    seconds = time.perf_counter() - prepared
+    with RewardPool(part, config) as pool:
+        prepared = time.perf_counter()
+        results = _results(pool, [item for _, item, _ in rows])
+        seconds = time.perf_counter() - prepared
     values = [result.value for result in results if result.valid and math.isfinite(result.value)]
     labelled = [(number, item, label, result) for (number, item, label), result in zip(rows, results, strict=True) if label is not None]
     confusion = Counter(_cell(label, result) for _, _, label, result in labelled)
     cells = ("true_positive", "false_positive", "true_negative", "false_negative", "failed")
     agreeing = confusion["true_positive"] + confusion["true_negative"]
-    failures = Counter(f"{result.status}: {_last_line(result.detail)}" for result in results if not result.valid)
+    failed = [(number, result) for (number, *_), result in zip(rows, results, strict=True) if not result.valid]
+    failures = Counter(f"{result.status}: {_last_line(result.detail)}" for _, result in failed)
     return {
-        "reward": name,
+        "reward": part["name"],
         "data": path,
         "rows": len(rows),
         "counts": {"right": sum(_right(result) for result in results), "graded": len(values), "labelled": len(labelled)},
         "statuses": {status: sum(result.status == status for result in results) for status in get_args(RewardStatus)},
         "failures": dict(failures.most_common(20)),
+        "first_failure": _failure(*failed[0]) if failed else None,
         "mean": sum(values) / len(values) if values else None,
         "agreement": agreeing / len(labelled) if labelled else None,
         "confusion": {cell: confusion[cell] for cell in cells} if labelled else None,
@@ -140,25 +147,17 @@ def _label(value: Any, where: str) -> bool | None:
     return LABELS[text]
 
 
-def _grader(name: str, options: list[str]) -> Grader:
-    for option in options:
-        if not option.partition("=")[0] or "=" not in option:
-            raise UserError(f"expected KEY=VALUE for an option of the reward, got {option!r}")
-    try:
-        return load_grader({"name": name, **OmegaConf.to_container(OmegaConf.from_dotlist(options))})
-    except (ValueError, OmegaConfBaseException) as error:
-        raise UserError(str(error)) from error
-
-
-def _results(grader: Grader, items: list[Item]) -> Iterator[RewardResult]:
+def _results(pool: RewardPool, items: list[Item]) -> list[RewardResult]:
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     silent = not sys.stderr.isatty() or len(items) < LONG
-    size = CHUNK if grader.batched else 1
-    starts = range(0, len(items), size)
-    for start in track(starts, "grading", console=Console(stderr=True), disable=silent, transient=True):
-        yield from grader.grade_batch(items[start : start + size])
+    grades = pool.submit(items)
+    with Progress(console=Console(stderr=True), disable=silent, transient=True) as progress:
+        bar = progress.add_task("grading", total=len(items))
+        while wait([grades], LOOK_SECONDS).not_done:
+            progress.update(bar, completed=pool.num_graded)
+    return grades.result()
 
 
 def _right(result: RewardResult) -> bool:
@@ -176,6 +175,10 @@ def _disagreement(number: int, item: Item, label: bool, result: RewardResult) ->
     value = result.value if math.isfinite(result.value) else None
     gold = item[2].get("answer")
     return {"row": number, "label": label, "value": value, "status": result.status, "gold": gold, "detail": result.detail}
+
+
+def _failure(number: int, result: RewardResult) -> dict[str, Any]:
+    return {"row": number, "status": result.status, "detail": result.detail}
 
 
 def _last_line(text: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rewards.tools.text import plain
 from rlhub.algorithm import Algorithm
 from rlhub.checkpoint import checkpoint_name, read_manifest, remove_old_checkpoints, sealed_checkpoints, write_manifest
 from rlhub.config import AlgorithmConfig, OptimizerConfig, Recipe
@@ -22,7 +23,7 @@ from rlhub.evals import evaluate
 from rlhub.metrics import SpanClock, busy_union, idle_share
 from rlhub.noise import Noise
 from rlhub.pairs import PairData, evaluate_pairs
-from rlhub.pipeline import Issued, prompt_text
+from rlhub.pipeline import Issued
 from rlhub.progress import RunProgress
 from rlhub.rollout_log import dump_rollouts, rollout_path, token_strings
 from rlhub.trackers import Trackers
@@ -178,7 +179,7 @@ class Session:
         if step % every and step not in (1, self.recipe.run.steps):
             return
         shown = rollouts[:SAMPLES_SHOWN]
-        pairs = [(prompt_text(example), text) for example, text in zip(issued.examples, texts, strict=True)]
+        pairs = [(plain(example.prompt), text) for example, text in zip(issued.examples, texts, strict=True)]
         strings = [token_strings(self.tokenizer, rollout.completion_ids) for rollout in shown]
         dump_rollouts(rollout_path(self.folder, step), step, shown, pairs[: len(shown)], strings)
 

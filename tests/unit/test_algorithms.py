@@ -1,4 +1,4 @@
-"""Twelve published algorithms as YAML blocks: each composes, takes an update, and has one gradient however it is computed."""
+"""Fifteen published algorithms as YAML blocks: each composes, takes an update, and has one gradient however it is computed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,6 @@ from rlhub.types import NEVER, Batch
 RECIPES = Path(__file__).parents[2] / "recipes" / "algorithms"
 MASK, STEPS, LENGTH = 2, 4, 4
 
-VRPO = """
-algorithm:
-  advantage: { name: best_worst }
-  views: { name: elbo, draws: 8 }
-  likelihood: { name: elbo }
-  objective: { name: dpo, beta: 0.2 }
-  length: response
-  reference: frozen
-  behavior: none
-"""
-
 # Overrides make the parts bite on a canvas of four tokens.
 ALGORITHMS = {
     "espo": [],
@@ -44,6 +33,9 @@ ALGORITHMS = {
     "bgpo": [],
     "mdpo": ["algorithm.views.top=2"],
     "online_dpo": [],
+    "ipo": [],
+    "kto": [],
+    "simpo": [],
 }
 
 
@@ -70,12 +62,8 @@ class Tiny(nn.Module):
         return hidden[target_rows] @ self.out
 
 
-def compose(name: str, tmp_path: Path) -> Algorithm:
-    path = RECIPES / f"{name}.yaml"
-    if name == "vrpo":
-        path = tmp_path / "vrpo.yaml"
-        path.write_text(VRPO)
-    return Algorithm.compose(load_recipe(path, ALGORITHMS[name]).algorithm)
+def compose(name: str) -> Algorithm:
+    return Algorithm.compose(load_recipe(RECIPES / f"{name}.yaml", ALGORITHMS[name]).algorithm)
 
 
 def make_batch(algorithm: Algorithm) -> Batch:
@@ -142,9 +130,9 @@ def two_pass(algorithm, model, views, batch, credit, proximal, reference, max_to
 
 
 @pytest.fixture(params=list(ALGORITHMS))
-def setting(request, tmp_path):
+def setting(request):
     """(algorithm, model, views, batch, credit, proximal, reference) at an update where every compared policy is another one."""
-    algorithm = compose(request.param, tmp_path)
+    algorithm = compose(request.param)
     batch = make_batch(algorithm)
     credit = algorithm.credit(batch)
     views = algorithm.make_views(batch, credit, Noise(run_seed=1), update=0)
@@ -235,7 +223,7 @@ def test_views_do_not_depend_on_the_batch_they_are_cut_from(setting):
     assert own.score_weight.tolist() == views.score_weight[views.score_sample == 5].tolist()
 
 
-def test_log_probs_of_the_rollout_serve_as_behavior(tmp_path):
+def test_log_probs_of_the_rollout_serve_as_behavior():
     """Left to right they are the exact ones: recorded under the same weights, every ratio is 1."""
     algorithm = Algorithm.compose(load_recipe(RECIPES / "justgrpo.yaml", ["algorithm.behavior=rollout"]).algorithm)
     batch = make_batch(algorithm)

@@ -34,6 +34,15 @@ def test_every_complete_recipe_plans(path):
     assert plan.recipe.run.name in format_plan(plan)
 
 
+@pytest.mark.parametrize("name", ["vrpo", "dpo", "ipo", "kto", "simpo"])
+def test_every_preference_algorithm_plans_on_pairs(name, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"extends: [{RECIPES}/harmless_pairs.yaml{f', {RECIPES}/algorithms/{name}.yaml' if name != 'vrpo' else ''}]\n")
+    plan = make_plan(load_recipe(recipe))
+    assert plan.pairs.group_size == (1 if name == "kto" else 2)
+    assert ("reference" in rows(plan)) == (name != "simpo")
+
+
 def test_there_are_complete_recipes():
     assert SORT in COMPLETE
 

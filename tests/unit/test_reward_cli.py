@@ -76,6 +76,43 @@ def test_own_functions(tmp_path):
     assert report(f"{tmp_path}/own.py:trl", "--data", path)["mean"] == 0.5
 
 
+BROKEN = """
+import os, signal, time
+
+def broken(prompt, completion, row):
+    if completion == "hang":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+        while True:
+            time.sleep(0.01)
+    if completion == "die":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return 1.0 / len(completion)
+"""
+
+
+def test_a_grader_that_hangs_or_crashes_costs_its_row_only(tmp_path):
+    (tmp_path / "own.py").write_text(BROKEN)
+    texts = ["a", "hang", "die", "", *"bcde"]
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": text, "label": True} for text in texts])
+    found = report(f"{tmp_path}/own.py:broken", "--data", path, "--deadline", "0.3", "--processes", "2")
+    assert found["statuses"] == {"ok": 5, "unparsed": 0, "timeout": 1, "crashed": 2, "rejected": 0}
+    assert found["confusion"]["true_positive"] == 5 and found["confusion"]["failed"] == 3
+    assert [entry["row"] for entry in found["disagreements"]] == [2, 3, 4]
+    assert "0.3 s" in found["disagreements"][0]["detail"] and "SIGSEGV" in found["disagreements"][1]["detail"]
+    assert found["first_failure"] == {key: found["disagreements"][0][key] for key in ("row", "status", "detail")}
+    assert found["seconds_per_item"] >= 0.3 / len(texts), "the time lost to the hanging row is in it"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_when_no_row_can_be_graded_the_first_reason_is_shown(tmp_path, arguments):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": "A: 18", "gold": "18"}] * 2)
+    result = run("math_answer", "--data", path, *arguments)
+    assert result.exit_code == 1
+    assert "none of 2 rows" in result.stderr and "row 1" in result.stderr and "needs the column 'answer'" in result.stderr
+    if arguments:
+        assert json.loads(result.stdout)["statuses"]["crashed"] == 2
+
+
 def test_the_table_has_all_of_it(tmp_path):
     result = CliRunner().invoke(
         main, ["reward", "test", "math_answer", "--data", write(tmp_path / "rows.jsonl", ROWS), "--show", "1"], env={"COLUMNS": "160"}

@@ -25,6 +25,7 @@ from rlhub.metrics import read_metrics
 from rlhub.pipeline import Issued, grade
 from rlhub.rollout_log import dump_rollouts, read_rollouts
 from rlhub.run import train
+from rlhub.run_state import Session
 from rlhub.types import Example, Request, RewardResult, Rollout
 from workers.runtime import LocalRuntime, Resources
 from workers.supervisor import Pool
@@ -308,6 +309,12 @@ def test_parts_that_are_batched_stay_batched(module: str) -> None:
 
 
 FORMAT = {"reward": {"name": "format_tags"}}
+BOUNDED = {"reward": {"name": "code_tests", "sandbox": "weak"}}  # it has limits of its own
+
+
+@pytest.mark.parametrize(("parts", "expected"), [([BOUNDED], True), ([BOUNDED, FORMAT], False), ([FORMAT], False)])
+def test_the_pools_limits_hold_unless_every_part_has_its_own(parts: list[dict], expected: bool) -> None:
+    assert combined(parts).own_limits is expected
 
 
 @pytest.mark.parametrize(
@@ -411,6 +418,33 @@ def test_graders_see_what_a_rollout_cost_and_the_run_logs_every_part(tmp_path: P
     rows = read_rollouts(tmp_path / "step_00001.jsonl")
     assert rows[0]["parts"]["answer"] == {"value": 1.0, "status": "ok", "detail": "right"}
     assert [row["parts"]["cost"]["value"] for row in rows] == pytest.approx(costs)
+
+
+CHAT = """
+def is_chat(prompt):
+    return [message["role"] for message in prompt] == ["system", "user"]
+
+def trl(prompts, completions, **columns):
+    answers = [len(answer) == 1 and answer[0]["role"] == "assistant" for answer in completions]
+    return [float(is_chat(prompt) and good) for prompt, good in zip(prompts, answers)]
+
+def plain(prompt, completion, row):
+    return float(is_chat(prompt) and isinstance(completion, str))
+"""
+
+
+@pytest.mark.parametrize("function", ["trl", "plain"])
+def test_graders_get_chat_messages_and_logs_their_text(function: str, tmp_path: Path) -> None:
+    (tmp_path / "chat.py").write_text(CHAT)
+    issued, rollouts, tokenizer = rollouts_of([3, 2])
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "how?"}]
+    issued = Issued(issued.requests, [replace(example, prompt=messages) for example in issued.examples])
+    graded, texts = grade(crew_of({"name": f"{tmp_path}/chat.py:{function}"}), issued, rollouts, tokenizer, batch_size=2)
+    assert [rollout.reward for rollout in graded] == [RewardResult(1.0)] * 2
+    run = SimpleNamespace(recipe=Recipe(), folder=tmp_path, tokenizer=SimpleNamespace(decode=lambda ids: "a"))
+    Session.keep_rollouts(run, 1, issued, graded, texts)
+    (path,) = (tmp_path / "rollouts").iterdir()
+    assert [row["prompt"] for row in read_rollouts(path)] == ["be brief\nhow?"] * 2
 
 
 def test_means_of_parts_leave_failures_out_and_hits_are_counted() -> None:
