@@ -16,23 +16,27 @@ class PaddedRows:
     """How packed rows map to a padded `[N, W]` grid; computed once per forward and shared by all layers.
 
     `gather` `[N * W]` names the packed token of each grid cell (any token where the cell is padding), `scatter` `[T]` the grid cell of
-    each packed token. `bias` `[N, 1, W, W]` is 0 where a query may see a key and -inf elsewhere, or None when everything is visible.
+    each packed token. `bias` `[N, 1, W, W]` is 0 where a query may see a key and -inf elsewhere. Where rows see all of themselves and
+    many neighbours are equally long, as the draws of a sample are, `runs` holds (rows, length) of each run of such neighbours instead:
+    runs need neither padding nor bias.
     """
 
     num_rows: int
     width: int
-    gather: Tensor | None
-    scatter: Tensor | None
-    bias: Tensor | None
+    gather: Tensor | None = None
+    scatter: Tensor | None = None
+    bias: Tensor | None = None
+    runs: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, layout: Layout) -> PaddedRows:
         lengths = layout.lengths
         num_rows, width = len(lengths), int(lengths.max())
-        equal = bool((lengths == width).all())
-        one_segment = bool((layout.segment_ids == 0).all())
-        if equal and one_segment and layout.attention == "full":
-            return cls(num_rows, width, None, None, None)
+        run_length, run_rows = torch.unique_consecutive(lengths, return_counts=True)
+        # A call of the attention kernel for every row would cost more than the padding.
+        worthwhile = len(run_rows) == 1 or 2 * len(run_rows) <= num_rows
+        if worthwhile and layout.attention == "full" and bool((layout.segment_ids == 0).all()):
+            return cls(num_rows, width, runs=tuple(zip(run_rows.tolist(), run_length.tolist(), strict=True)))
         device = lengths.device
         column = torch.arange(width, device=device)
         filled = column < lengths[:, None]
@@ -51,13 +55,11 @@ class PaddedRows:
 
     def pad(self, packed: Tensor) -> Tensor:
         """[T, ...] -> [N, W, ...]."""
-        grid = packed if self.gather is None else packed[self.gather]
-        return grid.view(self.num_rows, self.width, *packed.shape[1:])
+        return packed[self.gather].view(self.num_rows, self.width, *packed.shape[1:])
 
     def pack(self, grid: Tensor) -> Tensor:
         """[N, W, ...] -> [T, ...]."""
-        flat = grid.reshape(self.num_rows * self.width, *grid.shape[2:])
-        return flat if self.scatter is None else flat[self.scatter]
+        return grid.reshape(self.num_rows * self.width, *grid.shape[2:])[self.scatter]
 
 
 class RMSNorm(nn.Module):
@@ -91,7 +93,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rows: PaddedRows) -> Tenso
 
     One kernel with and without gradient, so that a policy and its frozen copy agree bit for bit.
     """
+    if rows.runs:
+        tokens = [count * length for count, length in rows.runs]
+        pieces = zip(*(part.split(tokens) for part in (query, key, value)), rows.runs, strict=True)
+        return torch.cat([_attend_equal(*heads, count) for *heads, (count, _) in pieces])
     query, key, value = (rows.pad(part).transpose(1, 2) for part in (query, key, value))
-    bias = None if rows.bias is None else rows.bias.to(query.dtype)
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=rows.bias.to(query.dtype))
     return rows.pack(mixed.transpose(1, 2).flatten(2))
+
+
+def _attend_equal(query: Tensor, key: Tensor, value: Tensor, num_rows: int) -> Tensor:
+    """Attention within each of `num_rows` rows of equal length."""
+    query, key, value = (part.unflatten(0, (num_rows, -1)).transpose(1, 2) for part in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2).flatten(0, 1)
