@@ -31,6 +31,7 @@ _LATEX = [
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])\.?", ""),
         (r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname)\*?\s*\{([^{}]*)\}", r" \1 "),
+        (r"(?<!\\)\\!", ""),
         (r"\{,\}|\\,(?=\d{3}(?!\d))(?<=\d\\,)", ","),
         (r"(?<!\\)\\[,!;:> ]|~|\\q?quad(?![a-zA-Z])|\\thinspace|\\allowbreak", " "),
         (r"\^\s*\{?\s*\\(?:circ|degree)(?![a-zA-Z])\s*\}?|\\degree(?![a-zA-Z])", "°"),
