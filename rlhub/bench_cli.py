@@ -36,7 +36,7 @@ def variance(recipe: str, overrides: tuple[str, ...], as_json: bool, **request: 
     Examples:
       rlhub bench variance recipes/algorithms/online_dpo.yaml
       rlhub bench variance recipes/sort.yaml --checkpoint runs/dpo --reference runs/sft --pairs pairs.jsonl
-      rlhub bench variance recipes/sort.yaml run.seed=1 --repeats 200 --out /tmp/variance --json
+      rlhub bench variance recipes/sort.yaml run.seed=1 --repeats 200 --out runs/variance --json
     """
     from rich.console import Console
 
