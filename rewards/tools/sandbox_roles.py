@@ -306,13 +306,13 @@ def _function_tests(payload: dict[str, Any], program: Program, report: Report) -
         candidate = space[entry_point] = program.name(entry_point)
         helpers = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & space.keys() - {entry_point, "__tally__"}
         helpers = {name for name in helpers if isinstance(space[name], types.FunctionType) and space[name].__module__ == "tests"}
-        exec(compile(tree, "tests.py", "exec"), space)
+        _define(tree, "tests.py", space, {entry_point})
         check = space["check"]
-    except Exception as error:
+    except Exception as error:  # tests are code of somebody else's
         raise BrokenTests(f"{type(error).__name__}: {error}") from None
 
     def failure() -> str:
-        random.seed(0)
+        random.seed(0)  # of this throw-away process: tests that draw their cases must draw the same ones for every program
         try:
             check(candidate)
         except Exception as error:
@@ -344,15 +344,15 @@ class _Tallied(ast.NodeTransformer):
 def _assert_tests(payload: dict[str, Any], program: Program, report: Report) -> str:
     """MBPP: one statement a test, with the program's names put beside the tests' own imports."""
     space = vars(_module("tests"))
-    random.seed(0)
+    random.seed(0)  # of this throw-away process, as above
     try:
         imports, names = _reference(payload["reference"], payload["tests"], payload["setup"])
         exec(compile(imports, "tests.py", "exec"), space)
         for name in names:
             space[name] = program.name(name)
-        exec(compile(payload["setup"], "setup.py", "exec"), space)
         units = [compile(test, "tests.py", "exec") for test in payload["tests"]]
-    except Exception as error:
+        _define(ast.parse(payload["setup"]), "setup.py", space, set(names))
+    except Exception as error:  # tests are code of somebody else's
         raise BrokenTests(f"{type(error).__name__}: {error}") from None
     report.total = len(units)
     first = ""
@@ -426,6 +426,21 @@ def _handle(value: Any) -> int:
 def _failure(where: str, error: BaseException) -> str:
     kind = type(error).__name__
     return f"{where} failed" if kind == "AssertionError" else f"{where}: {kind}: {error}"[:TEXT_CHARACTERS]
+
+
+def _define(code: ast.Module, source: str, space: dict[str, Any], names: set[str]) -> None:
+    """Runs what the tests define before the first of them.
+
+    Raises:
+        ProgramGone: it fails and mentions `names` of the program, which may be to blame and must not pass for broken tests.
+        BrokenTests: it fails by itself.
+    """
+    try:
+        exec(compile(code, source, "exec"), space)
+    except Exception as error:  # code of somebody else's
+        mentioned = {node.id for node in ast.walk(code) if isinstance(node, ast.Name)}
+        blamed = ProgramGone if mentioned & names else BrokenTests
+        raise blamed(f"before the tests: {type(error).__name__}: {error}") from None
 
 
 def _lineage(error: BaseException) -> list[str]:

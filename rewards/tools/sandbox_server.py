@@ -388,7 +388,7 @@ def _play(role: str) -> NoReturn:
     try:
         with open(3, "rb") as file:
             payload = json.load(file)
-        random.seed(0)
+        random.seed(0)  # of this throw-away process: a program is graded the same every time
         sys.argv = ["program.py"]
         if role == "script":
             sandbox_roles.run_script(payload)

@@ -298,6 +298,18 @@ def agreement(rows, per_row):
     return counts
 
 
+@pytest.mark.parametrize("program", ["def Node(n): raise ValueError(n)", "Node = 5"])
+def test_a_program_that_fails_in_the_setup_has_failed_and_does_not_pass_for_broken_tests(program):
+    row = {"test_list": ["assert Node(1) is not None"], "test_setup_code": "root = Node(1)"}
+    result = graded(program, row)
+    assert (result.value, result.status) == (0.0, "ok") and "before the tests" in result.detail
+
+
+def test_a_setup_that_fails_by_itself_is_the_graders_failure():
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        graded("def f(): return 1", {"test_list": ["assert f() == 1"], "test_setup_code": "x = 1 / 0"})
+
+
 @pytest.mark.skipif(not HUMANEVAL.exists(), reason="the HumanEval file is not beside the checkout")
 def test_humaneval_solutions_pass_and_mutants_that_fail_directly_fail_here_sample():
     rows = humaneval()
