@@ -65,7 +65,7 @@ def variance(recipe: Recipe, request: Request, console: Console) -> dict[str, An
         "beta": problem.setting.beta,
         "form": problem.setting.form,
         "seed": problem.setting.seed,
-        "out": str(request.out or Path(recipe.run.output_dir) / "variance" / recipe.run.name),
+        "out": str(request.out or Path(recipe.run.output_dir) / f"{recipe.run.name}_variance"),
         "policies": [],
     }
     with RunProgress(console) as progress:

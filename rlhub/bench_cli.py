@@ -24,7 +24,7 @@ def bench() -> None:
 @click.option("--num-pairs", type=click.IntRange(min=1), help="Pairs to measure on; 64, or 8 in an enumeration.")
 @click.option("--repeats", type=click.IntRange(min=4), help="Repeats of each estimate under fresh noise; 16, or 200 in an enumeration.")
 @click.option("--gradient-pairs", type=click.IntRange(min=0), default=16, show_default=True, help="Pairs for the variance of the gradient.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write to; <run.output_dir>/variance/<run.name> by default.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write to; <run.output_dir>/<run.name>_variance by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def variance(recipe: str, overrides: tuple[str, ...], as_json: bool, **request: object) -> None:
     """Variance of the preference score, its loss and its gradient under every way to spend a budget of draws.
@@ -36,7 +36,7 @@ def variance(recipe: str, overrides: tuple[str, ...], as_json: bool, **request: 
     Examples:
       rlhub bench variance recipes/algorithms/online_dpo.yaml
       rlhub bench variance recipes/sort.yaml --checkpoint runs/dpo --reference runs/sft --pairs pairs.jsonl
-      rlhub bench variance recipes/sort.yaml run.seed=1 --repeats 200 --out runs/variance --json
+      rlhub bench variance recipes/sort.yaml run.seed=1 --repeats 200 --out runs/sort_variance --json
     """
     from rich.console import Console
 
