@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from rlhub.checkpoint import load_network, resolve_model_path, sealed_checkpoints
+from rlhub.checkpoint import resolve_model_path, sealed_checkpoints
 from rlhub.config import Recipe
 from rlhub.data.preferences import Config as PreferenceConfig
 from rlhub.data.preferences import load_preferences
 from rlhub.errors import DataError, UserError
+from rlhub.model_files import is_model_folder, load_network
 from rlhub.pairs import Pairs, encode, load_pairs
 from rlhub.progress import RunProgress
 from rlhub.tokenizers import load_tokenizer
@@ -129,7 +131,7 @@ def _policy_folders(paths: Sequence[Path]) -> tuple[list[Path], Path | None]:
     folders: list[Path] = []
     before = None
     for path in paths:
-        sealed = [] if (path / "config.json").exists() or (path / "hf").exists() else sealed_checkpoints(path)
+        sealed = [] if is_model_folder(path) or (path / "hf").exists() else sealed_checkpoints(path)
         if not sealed:
             folders.append(path)
             continue
@@ -225,23 +227,23 @@ def table_rows(policy: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["n_t x n_y", "cost", *shown, "factor"], rows
 
 
-def trajectory_rows(policies: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def trajectory_rows(policies: Sequence[dict[str, Any]], digits: int = 3) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table over policies: variances of the score at eight forwards, under shared noise where nothing is said."""
     shown = {
-        "8 x 1 independent": (PRIMARY, False),
+        "8 x 1 indep.": (PRIMARY, False),
         **{cell: (cell, True) for cell in (PRIMARY, "1 x 8", "stratified", "coupled", "adaptive")},
     }
     rows = []
     for policy in policies:
         variance = {(row["cell"], row["shared"]): row["score_variance"] for row in policy["cells"]}
-        values = [number(variance[key]) for key in shown.values()]
-        rows.append([policy["policy"], number(policy["mean_absolute_score"]), *values, number(primary_factor(policy))])
+        values = [number(variance[key], digits) for key in shown.values()]
+        rows.append([policy["policy"], number(policy["mean_absolute_score"], digits), *values, number(primary_factor(policy), digits)])
     return ["policy", "mean abs. score", *shown, "factor"], rows
 
 
-def number(value: float | None) -> str:
-    """A number with three digits; a dash for what was not measured or is infinite."""
-    return "-" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with a few digits; a dash for what was not measured or is infinite."""
+    return "-" if value is None else f"{value:.{digits}g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -249,7 +251,7 @@ def summary(result: dict[str, Any]) -> str:
     found = result["trajectory"]
     if found["factor"] is None:
         return f"no policy has a mean absolute score of {FIRST_SCORE} or more"
-    text = f"sharing noise divides the variance of the score by {found['factor']:.1f} at a mean absolute score of {found['score']:.3g}"
+    text = f"sharing noise divides the variance of the score by {found['factor']:,.1f} at a mean absolute score of {found['score']:.3g}"
     if found["below_5"] is None:
         return f"{text}, and by at least 5 at every policy measured"
     return f"{text}, and by less than 5 from a score of {found['below_5']:.2g} on"
@@ -261,11 +263,14 @@ def show(result: dict[str, Any], console: Console) -> None:
         (f"{policy['policy']}: variance per pair, shared / independent noise", *table_rows(policy)) for policy in result["policies"][-1:]
     ]
     if len(result["policies"]) > 1:
-        tables.append(("variance of the score along the policies", *trajectory_rows(result["policies"])))
+        tables.append(("variance of the score along the policies", *trajectory_rows(result["policies"], digits=2)))
     for title, header, rows in tables:
-        table = Table(*header, title=title, title_justify="left")
+        # Ten columns of numbers fit 80 characters when nothing is boxed; a number that was cut would mislead, so words wrap instead.
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+        for name in header:
+            table.add_column(name, overflow="fold", min_width=max(len(word) for word in name.split()))
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(value.removeprefix("pairs_step_").removeprefix("step_") for value in row))
         console.print(table)
     console.print(summary(result), markup=False, highlight=False)
 
