@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # graders import this module in processes that must start fas
     import numpy as np
     from torch import Tensor
 
-Attention = Literal["full", "block_causal"]
+Attention = Literal["full", "block_causal", "block_diffusion"]  # see rlhub.models.attention
 Kind = Literal["exact", "lower", "upper", "proxy"]
 Granularity = Literal["sequence", "token", "step"]
 RewardStatus = Literal["ok", "unparsed", "timeout", "crashed", "rejected"]
@@ -81,6 +81,17 @@ class Rollout:
     `completion_ids` is the whole canvas, with the mask id where a position was never filled; `length` counts tokens through the
     first EOS. `logp_sample` is the log-prob of each token under the law that drew it (tempered), `logp_model` under the model at
     temperature 1, both at the step that committed it; NaN where never filled.
+
+    The trace fields are there when the sampler or `sampler.records` asks for them. Where a sampler edits tokens, `unmask_step` keeps the
+    step that first filled a position, and the log-probs, `entropy` and `order` are those of the token that stands.
+
+    Attributes:
+        entropy: nats, of the model's law at temperature 1 at the step that committed the token; NaN where never filled.
+        order: rank of each token among those committed in the same step, the sampler's first choice being 0; NEVER where never filled.
+        predictions: the canvas as it was predicted at each step: drawn tokens where it was masked, the token that stood elsewhere;
+            NEVER where nothing was predicted (steps without a forward, blocks that a block-causal model has not reached).
+        edits: (step, position, old token, new token) of each token that was replaced, in order.
+        fallback: tokens committed only because a step must commit something.
     """
 
     uid: int
@@ -98,6 +109,11 @@ class Rollout:
     reward: RewardResult | None = None
     reward_parts: dict[str, RewardResult] = field(default_factory=dict)
     step_rewards: tuple[RewardResult, ...] = ()  # [S], grades of the states between; empty where they are not graded
+    entropy: np.ndarray | None = None  # float32 [L]
+    order: np.ndarray | None = None  # int16 [L]
+    predictions: np.ndarray | None = None  # int32 [S, L]
+    edits: tuple[tuple[int, int, int, int], ...] | None = None
+    fallback: np.ndarray | None = None  # bool [L]
 
     def graded(self, reward: RewardResult, parts: dict[str, RewardResult] | None = None) -> Rollout:
         """A copy with its grade."""
@@ -125,6 +141,8 @@ class Batch:
     block_length: int = 0  # sampler block; 0 when the canvas is one block
     step_rewards: np.ndarray | None = None  # float64 [P, G, S], grades of intermediate states
     epoch: int = 0
+    model_block: int = 0  # block length of a block-causal model, counted from the prompt's first token; 0: full attention
+    segments: list[np.ndarray] | None = None  # int32 [span] each: packed documents, which do not see each other
 
     def __len__(self) -> int:
         return len(self.uid)
@@ -153,7 +171,7 @@ class Layout:
 
     position_ids: Tensor  # int32 [T]
     segment_ids: Tensor  # int32 [T]; tokens of a row attend only within their segment
-    block_ids: Tensor  # int32 [T]; used by block-causal attention
+    block_ids: Tensor  # int32 [T]; used by block_causal and block_diffusion attention (block-causal families count their own)
     row_offsets: Tensor  # int32 [N + 1]
     attention: Attention = "full"
 

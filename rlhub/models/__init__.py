@@ -1,12 +1,69 @@
 """Model families, one file each, found by the `architectures` of a checkpoint's config.json.
 
-A family module has `ARCHITECTURES`, a frozen dataclass `Config` with `from_published(dict)` and `to_published()`, and
-`build(config) -> nn.Module` with
+A family module has `ARCHITECTURES`, a frozen dataclass `Config` with `from_published(dict)` and `to_published()`, `TINY` (the fields of a
+small config, for tests and examples), and `build(config) -> nn.Module` with
 
-    denoise(tokens: int [T], layout: Layout) -> [T, D]      hidden states of packed rows
-    head(hidden: [T, D], target_rows: int [M]) -> [M, V]    logits that predict the tokens at those positions
-    initialize(generator)                                   random weights
-    mask_id, eos_id, vocab_size, max_length
+    denoise(tokens int [T], layout, targets=None, cache=None)
+        targets None: hidden [T, D] of the packed rows; entry p predicts the token at position p.
+        targets int [M]: hidden [M, D] that predict the tokens at these packed positions, in their order. The last layer's queries and MLP
+            are computed for them alone. Equal to the rows of the above up to rounding, with gradient as well.
+        cache: a `CacheView`. The keys and values of the tokens are stored at their position ids in the row's slot, then every token
+            attends to all that the slot holds (block-causal families: to blocks up to its own). Without gradient only.
+    head(hidden [T, D], target_rows int [M]) -> logits [M, V]       or head(hidden [M, D]) -> logits [M, V]
+    new_cache(num_slots, max_length) -> KeyValueCache
+    initialize(generator)                                           random weights
+    profile                                                         `Profile`, all that others need to know of a family
+    attention                                                       backend: sdpa, flex or flash
+    config, mask_id, eos_id, vocab_size, max_length
 
-The family applies its own logit shift and cuts the padding rows of its vocabulary; nobody else knows of them. `layers` is shared.
+The family applies its own logit shift and cuts the padding rows of its vocabulary; nobody else knows of them. A family with a logit
+shift predicts the token at position p from the hidden state at p - 1, so under a cache the tokens of a call must include p - 1.
+
+Names of modules are those of the published tensors, so most families need nothing for reading and writing files. Where they differ
+
+    places(config) -> {published name: (name of ours, index)}
+        which part `tensor[index]` of our parameter or buffer one published tensor fills, () for all of it: the experts of a stacked
+        weight, or the rows of a fused projection. Files are read and written tensor by tensor through it, in both directions.
+    UNUSED                                                          regular expression of published tensors that are not read
+
+Parameters take the dtype that is asked for; a buffer keeps the one it is registered with. Buffers outside the state (non-persistent)
+are refused. Linear layers that `lora_targets` matches are called, never read for their weight: an adapter may lie around them.
+
+`decoder` is the stack that most families share, on top of `layers`, `attention`, `cache` and `rope`.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What sets a family apart for samplers, likelihoods, losses and adapters.
+
+    Attributes:
+        stop_ids: tokens that end an answer: EOS and ends of turns.
+        logit_shift: 1 where the network's output at position p - 1 predicts token p; the family has applied it.
+        block_length: of block-causal families, whose blocks count from position 0 of the row.
+        corruption: absorbing (tokens become the mask) or uniform (tokens become other tokens).
+        loss_weight: of its pre-training and fine-tuning: inverse_t (LLaDA Eq. 3), cart (Dream's context-adaptive rescheduling), plain.
+        eos_padding: which EOS of padded answers are trained: loss (all), first (one), none.
+        editing: it may replace tokens that are already there (LLaDA2.1).
+        lora_targets: regular expression of the module names that adapters attach to.
+        time_conditioned: the network takes the noise level as an input.
+    """
+
+    mask_id: int
+    eos_id: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    lora_targets: str
+    logit_shift: Literal[0, 1] = 0
+    attention: Literal["full", "block_causal"] = "full"
+    block_length: int | None = None
+    corruption: Literal["absorbing", "uniform"] = "absorbing"
+    loss_weight: Literal["inverse_t", "cart", "plain"] = "inverse_t"
+    eos_padding: Literal["loss", "first", "none"] = "loss"
+    editing: bool = False
+    time_conditioned: bool = False
