@@ -1,0 +1,55 @@
+"""Every mask once, so that the ELBO has no error: sum over non-empty sets S of (|S| - 1)! (L - |S|)! / L! times the log-probs of S.
+
+The weights are those of Shapley values; each token's add up to 1. The 2^L - 1 forwards make this a way for short completions and tests. The
+blocks of a block-causal model are enumerated side by side, in 2^(longest block) - 1 forwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlhub.batching import Row, build_views
+from rlhub.noise import Stream
+from rlhub.types import Batch, Credit, Views
+from rlhub.views import model_blocks
+
+
+@dataclass(frozen=True)
+class Config:
+    max_tokens: int = 12  # of a completion, or of a block of it
+
+
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+    """All rows of a sample are its draw 0.
+
+    Raises:
+        ValueError: there are more than `max_tokens` tokens to be masked together.
+    """
+    rows = [row for sample in range(len(batch)) for row in _rows(batch, sample, config.max_tokens)]
+    return build_views(batch, rows, 1)
+
+
+def rows_per_sample(config: Config, steps: int) -> int:
+    return 2 ** min(steps, config.max_tokens) - 1
+
+
+def _rows(batch: Batch, sample: int, max_tokens: int) -> Iterator[Row]:
+    blocks, span = model_blocks(batch, sample), int(batch.span[sample])
+    longest = max(block.stop - block.start for block in blocks)
+    if longest > max_tokens:
+        raise ValueError(
+            f"all_masks takes all 2^L masks and stops at {max_tokens} tokens, the completion has {longest}; use the views elbo"
+        )
+    for number in range(1, 2**longest):
+        masked, weight = np.zeros(span, dtype=bool), np.ones(span)
+        for block in blocks:
+            tokens = block.stop - block.start
+            if number < 2**tokens:
+                masked[block] = number >> np.arange(tokens)[::-1] & 1
+                size = int(masked[block].sum())
+                weight[block] = 1 / (size * math.comb(tokens, size))
+        yield Row(sample, 0, masked, weight, clean_before=batch.model_block > 0)
