@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from rlhub.samplers import CanvasState, Commit, RowStats, Schedule, Uniforms, commit_best, transfer_schedule
+from rlhub.samplers import CanvasState, Schedule, Uniforms, best_positions, transfer_schedule
+
+RECORDS = ()
+LOG_PROBS = "exact"
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,6 @@ def schedule(canvas_length: int, steps: int, block_length: int, config: Config) 
     return transfer_schedule(canvas_length, steps, block_length)
 
 
-def select(stats: RowStats, state: CanvasState, schedule: Schedule, uniforms: Uniforms) -> Commit:
-    position = torch.arange(state.tokens.shape[1], dtype=torch.float64)
-    return commit_best(-position.expand(state.tokens.shape), stats, state, schedule.transfer[state.step])
+def choose(state: CanvasState, schedule: Schedule, uniforms: Uniforms, config: Config, deferred: Tensor | None = None) -> Tensor:
+    position = torch.arange(state.tokens.shape[1], dtype=torch.float64, device=state.tokens.device)
+    return best_positions(-position.expand(state.tokens.shape), state, state.counts(schedule), deferred)

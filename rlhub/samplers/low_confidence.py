@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from rlhub.samplers import CanvasState, Commit, RowStats, Schedule, Uniforms, commit_best, transfer_schedule
 
+RECORDS = ()
+LOG_PROBS = "none"
+
 
 @dataclass(frozen=True)
 class Config:
@@ -19,5 +22,5 @@ def schedule(canvas_length: int, steps: int, block_length: int, config: Config) 
     return transfer_schedule(canvas_length, steps, block_length)
 
 
-def select(stats: RowStats, state: CanvasState, schedule: Schedule, uniforms: Uniforms) -> Commit:
-    return commit_best(stats.logp_model, stats, state, schedule.transfer[state.step])
+def select(stats: RowStats, state: CanvasState, schedule: Schedule, uniforms: Uniforms, config: Config) -> Commit:
+    return commit_best(stats.logp_model, stats, state, state.counts(schedule))

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhub.samplers import CanvasState, Commit, RowStats, Schedule, Uniforms, commit_best, transfer_schedule
+from torch import Tensor
+
+from rlhub.samplers import CanvasState, Schedule, Uniforms, best_positions, transfer_schedule
+
+RECORDS = ()
+LOG_PROBS = "given_order"
 
 
 @dataclass(frozen=True)
@@ -16,5 +21,5 @@ def schedule(canvas_length: int, steps: int, block_length: int, config: Config) 
     return transfer_schedule(canvas_length, steps, block_length)
 
 
-def select(stats: RowStats, state: CanvasState, schedule: Schedule, uniforms: Uniforms) -> Commit:
-    return commit_best(uniforms("position"), stats, state, schedule.transfer[state.step])
+def choose(state: CanvasState, schedule: Schedule, uniforms: Uniforms, config: Config, deferred: Tensor | None = None) -> Tensor:
+    return best_positions(uniforms("position"), state, state.counts(schedule), deferred)

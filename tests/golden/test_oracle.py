@@ -17,6 +17,7 @@ from rlhub import oracle
 from rlhub.algorithm import Algorithm, LogProbs
 from rlhub.batching import MicroBatch, make_batch, micro_batches, pack_layout
 from rlhub.config import AlgorithmConfig, KLConfig, SamplerConfig
+from rlhub.models import Profile
 from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import Noise
 from rlhub.scoring import micro_batch_log_probs, token_log_probs
@@ -232,18 +233,21 @@ class ConstantModel:
     """Predicts the same everywhere; ids 0 (mask) and 1 (EOS) come first. Counts the rows and positions that it is asked for."""
 
     mask_id, eos_id, max_length = 0, 1, 1 << 20
+    profile = Profile(mask_id=0, eos_id=1, stop_ids=(1,), pad_id=1, lora_targets="")
 
     def __init__(self, logits: np.ndarray = LOGITS) -> None:
         self.logits = torch.tensor([9.0, 9.0, *logits], dtype=torch.float32)  # mask and EOS would win if they were not ruled out
+        self.vocab_size = len(self.logits)
         self.rows = self.positions = 0
 
-    def denoise(self, tokens, layout):
+    def denoise(self, tokens, layout, targets=None, cache=None):
         self.rows += len(layout.lengths)
-        return torch.zeros(len(tokens), 1)
+        return torch.zeros(len(tokens if targets is None else targets), 1)
 
-    def head(self, hidden, target_rows):
-        self.positions += len(target_rows)
-        return self.logits.expand(len(target_rows), -1).clone()
+    def head(self, hidden, target_rows=None):
+        count = len(hidden if target_rows is None else target_rows)
+        self.positions += count
+        return self.logits.expand(count, -1).clone()
 
 
 def test_engine_draws_from_the_softmax():
@@ -506,11 +510,12 @@ def test_other_algorithms_are_refused_by_the_oracle():
 
 def test_number_of_forwards():
     """K for a rollout and 2 M rows for one evaluation of its likelihood, less the empty halves (fact sheet, oracle R)."""
-    stub = ConstantModel()
-    settings = SamplerConfig("random", 8, 4, 8, early_stop="off", eos="never")
-    rollouts = Engine(stub).generate([Request(uid, 0, np.array([3], dtype=np.int32)) for uid in range(6)], settings, NOISE)
-    assert stub.rows == 6 * 4 == sum(rollout.num_forwards for rollout in rollouts)
-    assert stub.positions == 6 * (8 + 6 + 4 + 2), "logits only where the active block is masked"
+    requests = [Request(uid, 0, np.array([3], dtype=np.int32)) for uid in range(6)]
+    for name, positions in [("low_confidence", 8 + 6 + 4 + 2), ("random", 8)]:
+        stub = ConstantModel()
+        rollouts = Engine(stub).generate(requests, SamplerConfig(name, 8, 4, 8, early_stop="off", eos="never"), NOISE)
+        assert stub.rows == 6 * 4 == sum(rollout.num_forwards for rollout in rollouts)
+        assert stub.positions == 6 * positions, "logits only where the active block is masked, or only for what is committed"
     algorithm = Algorithm.compose(espo(views={"name": "coupled", "draws": 5}))
     batch = make_batch([rollout.graded(RewardResult(1.0)) for rollout in rollouts], mask_id=0, span="canvas")
     views = algorithm.make_views(batch, algorithm.credit(batch), NOISE, 0)
