@@ -1,7 +1,8 @@
 """The rollout engine that owns its sampler: batched denoising with keyed noise, exact in fp32.
 
 A rollout depends on its own request's uid, the weights and the sampler settings, never on what else is in the batch: noise is keyed by
-(uid, step, position) and rows do not see each other. Logits exist only for masked positions of the active block.
+(uid, step, position) and rows do not see each other. Each row has a block and a step of its own, leaves when it is finished, and makes
+room for a request that waits. Logits exist only for positions that the sampler asks about, a slice of them at a time.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhub.batching import pack_layout
 from rlhub.config import SamplerConfig
 from rlhub.errors import DataError
 from rlhub.noise import Noise, Stream
 from rlhub.parts import load_part, part_config
-from rlhub.samplers import CanvasState, RowStats
-from rlhub.scoring import to_device
+from rlhub.samplers import CanvasState, Commit, RowStats
 from rlhub.types import NEVER, Request, Rollout
+from workers.engines.forward import Forward, Slots
+from workers.engines.row_stats import Law, TokenNoise, streamed_stats
 
 
 class Engine:
@@ -28,7 +29,7 @@ class Engine:
 
     Args:
         model: any family of `rlhub.models`.
-        max_rows: rows denoised at once; more requests are served in turns.
+        max_rows: rows denoised at once; further requests take the places of finished rows.
     """
 
     def __init__(self, model: torch.nn.Module, device: torch.device | str = "cpu", max_rows: int = 512) -> None:
@@ -46,7 +47,7 @@ class Engine:
         """One rollout per request, in their order.
 
         Args:
-            on_step: called after each denoising step, for progress displays.
+            on_step: called after each step of the rows at work, for progress displays.
 
         Raises:
             DataError: a prompt with its canvas exceeds the model's context.
@@ -58,134 +59,277 @@ class Engine:
                     f"prompt of {len(request.prompt_ids)} tokens plus a canvas of {settings.length} exceeds the model's context of "
                     f"{self.model.max_length}; shorten the prompt or sampler.length"
                 )
-        rollouts: list[Rollout] = []
-        for start in range(0, len(requests), self.max_rows):
-            rollouts += self._generate(requests[start : start + self.max_rows], settings, noise, version, on_step)
-        return rollouts
+        if not requests:
+            return []
+        return Rows(self, requests, settings, noise, version).run(on_step)
 
-    def _generate(self, requests, settings, noise, version, on_step) -> list[Rollout]:
-        sampler = load_part("samplers", settings.name)
-        schedule = sampler.schedule(settings.length, settings.steps, settings.block_length, part_config(sampler, settings.options))
-        mask_id, eos_id = self.model.mask_id, self.model.eos_id
-        shape = (len(requests), settings.length)
-        canvas = torch.full(shape, mask_id)
-        unmask_step = torch.full(shape, NEVER, dtype=torch.int16)
-        logp_sample, logp_model = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
-        forwards = torch.zeros(len(requests), dtype=torch.int64)
-        streams = {"token": noise.stream("token"), "position": noise.stream("position")}
-        alive = torch.arange(len(requests))
-        for block in range(schedule.num_blocks):
-            columns = slice(block * schedule.block_length, (block + 1) * schedule.block_length)
-            for step in range(schedule.steps_per_block):
-                number = block * schedule.steps_per_block + step
-                eligible = torch.zeros((len(alive), settings.length), dtype=torch.bool)
-                eligible[:, columns] = canvas[alive, columns] == mask_id
-                keys = _Keys([requests[row].uid for row in alive.tolist()], number)
-                stats = self._stats([requests[row] for row in alive.tolist()], canvas[alive], eligible, settings, streams["token"], keys)
-                state = CanvasState(canvas[alive], eligible, step)
-                commit = sampler.select(stats, state, schedule, lambda purpose, keys=keys: keys.uniforms(streams[purpose], settings.length))
-                rows, cols = commit.positions.nonzero(as_tuple=True)
-                target = (alive[rows], cols)
-                canvas[target] = commit.tokens[rows, cols]
-                unmask_step[target] = number
-                logp_sample[target] = stats.logp_sample[rows, cols].float()
-                logp_model[target] = stats.logp_model[rows, cols].float()
-                forwards[alive] += 1
-                if on_step is not None:
-                    on_step()
-            if settings.early_stop == "fill_eos":
-                stopped = (canvas[alive] == eos_id).any(1)
-                rest = canvas[alive[stopped]]
-                canvas[alive[stopped]] = rest.masked_fill(rest == mask_id, eos_id)
-                alive = alive[~stopped]
-                if not len(alive):
-                    break
-        return [
-            Rollout(
-                uid=request.uid,
-                group_uid=request.group_uid,
-                prompt_ids=request.prompt_ids,
-                completion_ids=canvas[row].numpy().astype(np.int32),
-                length=response_length(canvas[row], eos_id),
-                unmask_step=unmask_step[row].numpy(),
-                logp_sample=logp_sample[row].numpy(),
-                logp_model=logp_model[row].numpy(),
-                policy_version=np.full(settings.length, version, dtype=np.int32),
-                num_forwards=int(forwards[row]),
-                sampler=dataclasses.asdict(settings),
+
+class Rows:
+    """The requests of one call on their way through the slots, which they occupy in turn."""
+
+    def __init__(self, engine: Engine, requests: Sequence[Request], settings: SamplerConfig, noise: Noise, version: int) -> None:
+        self.model, self.device = engine.model, engine.device
+        self.requests, self.settings, self.noise, self.version = requests, settings, noise, version
+        self.sampler = load_part("samplers", settings.name)
+        self.config = part_config(self.sampler, settings.options)
+        self.schedule = self.sampler.schedule(settings.length, settings.steps, settings.block_length, self.config)
+        self.edits_tokens = getattr(self.sampler, "EDITS", False)
+        self.records = {*settings.records, *self.sampler.RECORDS}
+        self.needs = {*getattr(self.sampler, "NEEDS", ()), *(self.records & {"entropy"})}
+        self.law = Law(
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+            banned=(self.model.mask_id, *([self.model.eos_id] if settings.eos == "never" else [])),
+        )
+        self.streams: dict[str, Stream] = {}
+        count, length = min(len(requests), engine.max_rows), settings.length
+
+        def array(*shape: int, fill: float = 0, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.full((count, *shape), fill, dtype=dtype, device=self.device)
+
+        longest = max(len(request.prompt_ids) for request in requests)
+        self.slots = Slots(array(longest + length), *(array() for _ in range(6)))
+        self.forward = Forward(self.model, self.slots, settings)
+        # Blocks count from the prompt's first token where the model's attention does.
+        self.block_origin = settings.block_length if self.forward.block_causal else 1
+        self.trace = {
+            "unmask_step": array(length, fill=NEVER, dtype=torch.int16),
+            "logp_sample": array(length, fill=torch.nan, dtype=torch.float32),
+            "logp_model": array(length, fill=torch.nan, dtype=torch.float32),
+        }
+        if "entropy" in self.records:
+            self.trace["entropy"] = array(length, fill=torch.nan, dtype=torch.float32)
+        if "order" in self.records:
+            self.trace["order"] = array(length, fill=NEVER, dtype=torch.int16)
+        if "fallback" in self.records:
+            self.trace["fallback"] = array(length, dtype=torch.bool)
+        if "predictions" in self.records:
+            steps = (self.schedule.num_blocks + self.forward.block_causal) * self.schedule.steps_per_block
+            self.trace["predictions"] = array(steps, length, fill=NEVER, dtype=torch.int32)
+        self.empty = {name: values[0].clone() for name, values in self.trace.items()}
+        self.edits: list[list[tuple[int, int, int, int]]] = [[] for _ in range(count)]
+        self.occupant = [0] * count  # index of the slot's request
+        self.results: list[Rollout | None] = [None] * len(requests)
+
+    def run(self, on_step: Callable[[], None] | None = None) -> list[Rollout]:
+        """All rollouts, in the order of the requests."""
+        waiting = list(range(len(self.requests)))[::-1]
+        free, active = list(range(len(self.occupant)))[::-1], []
+        while waiting or active:
+            if waiting and free:
+                new = [(free.pop(), waiting.pop()) for _ in range(min(len(free), len(waiting)))]
+                active += [self.admit(slot, index) for slot, index in new]
+                prompts = {slot: self.requests[self.occupant[slot]].prompt_ids.tobytes() for slot in active}
+                self.forward.admit([slot for slot, _ in new], prompts)
+            for slot in self.advance(torch.tensor(active, device=self.device)):
+                self.results[self.occupant[slot]] = self.rollout(slot)
+                active.remove(slot)
+                free.append(slot)
+            if on_step is not None:
+                on_step()
+        return self.results
+
+    def admit(self, slot: int, index: int) -> int:
+        """A request takes a slot."""
+        prompt, slots = self.requests[index].prompt_ids, self.slots
+        self.occupant[slot] = index
+        slots.tokens[slot, : len(prompt)] = torch.from_numpy(np.asarray(prompt, dtype=np.int64)).to(self.device)
+        slots.tokens[slot, len(prompt) : len(prompt) + self.settings.length] = self.model.mask_id
+        slots.prompt_length[slot], slots.first[slot] = len(prompt), -(len(prompt) % self.block_origin)
+        slots.block[slot] = slots.step[slot] = slots.idle[slot] = slots.forwards[slot] = 0
+        for name, values in self.trace.items():
+            values[slot] = self.empty[name]
+        self.edits[slot] = []
+        return slot
+
+    def advance(self, rows: Tensor) -> list[int]:
+        """One step of the rows [R] (their slots); returns the slots that are finished."""
+        settings, schedule = self.settings, self.schedule
+        view = View(self, rows)
+        choose = getattr(self.sampler, "choose", None)
+        everything = settings.eos == "last" or "predictions" in self.records
+        chosen = choose(view.state, schedule, view.uniforms, self.config) if choose and settings.eos != "last" else None
+        scored = chosen if choose and not everything else view.inside if self.edits_tokens else view.state.masked
+        stats = self.score(view, scored)
+        if choose:
+            if settings.eos == "last":
+                chosen = choose(view.state, schedule, view.uniforms, self.config, deferred=stats.deferred)
+            commit = Commit(chosen, stats.token)
+        else:
+            commit = self.sampler.select(stats, view.state, schedule, view.uniforms, self.config)
+        self.write(view, stats, commit)
+        return self.leave_block(view, commit)
+
+    def score(self, view: View, scored: Tensor) -> RowStats:
+        """Run the model on the rows that have something to score, and describe it."""
+        row, column = scored.nonzero()[:, 0], view.columns[scored]
+        if "predictions" in self.records:
+            row, column = self.with_later_blocks(view, row, column)
+        if not len(column):
+            return view.grid(
+                row, column, {name: column.double() for name in ("logp_model", "logp_sample", *self.needs)} | {"token": column}
             )
-            for row, request in enumerate(requests)
+        logits_of = self.logits(view, row, column)
+        noise = None
+        if self.law.temperature > 0:
+            uids = [self.requests[self.occupant[slot]].uid for slot in view.rows[row].tolist()]
+            noise = TokenNoise(self.stream("token"), list(zip(uids, view.state.number[row].tolist(), column.tolist(), strict=True)))
+        values = streamed_stats(logits_of, len(column), self.model.vocab_size, self.law, noise, self.needs)
+        if "predictions" in self.records:
+            self.record_predictions(view, row, column, values["token"])
+        return view.grid(row, column, values)
+
+    def logits(self, view: View, row: Tensor, column: Tensor) -> Callable[[slice], Tensor]:
+        """What gives the logits of a slice of canvas positions `column` [M] of rows `row` [M], ascending; with guidance where it is on."""
+        settings, model = self.settings, self.forward.model
+        used, place = row.unique_consecutive(return_inverse=True)
+        hidden = self.forward.hidden(view.rows[used], place, column)
+        if not settings.guidance:
+            return lambda part: model.head(hidden[part]).float()
+        share = (self.canvas(view.rows) == model.mask_id).double().mean(1)
+        low, high = settings.guidance_interval
+        guided = ((low < share) & (share <= high))[row]
+        if not guided.any():
+            return lambda part: model.head(hidden[part]).float()
+        used, place = row[guided].unique_consecutive(return_inverse=True)
+        blind = hidden.index_copy(0, guided.nonzero()[:, 0], self.forward.hidden(view.rows[used], place, column[guided], hide_prompt=True))
+
+        def logits_of(part: slice) -> Tensor:
+            seeing = model.head(hidden[part]).float()
+            hiding = model.head(blind[part]).float()
+            return torch.where(guided[part, None], hiding.add_(seeing - hiding, alpha=settings.guidance + 1), seeing)
+
+        return logits_of
+
+    def with_later_blocks(self, view: View, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """The positions of the active blocks and all other masked ones that the forward reaches, ascending by row."""
+        if self.forward.block_causal or self.settings.cache == "dual":
+            return row, column
+        asked = self.canvas(view.rows) == self.model.mask_id
+        asked[row, column] = True
+        return asked.nonzero(as_tuple=True)
+
+    def canvas(self, rows: Tensor) -> Tensor:
+        """int64 [R, L], a copy of the canvases of slots [R]."""
+        return self.slots.tokens[
+            rows[:, None], self.slots.prompt_length[rows][:, None] + torch.arange(self.settings.length, device=self.device)
         ]
 
-    def _stats(
-        self, requests: list[Request], canvas: Tensor, eligible: Tensor, settings: SamplerConfig, stream: Stream, keys: _Keys
-    ) -> RowStats:
-        """Run the model on prompt and canvas and describe every eligible position."""
-        starts = np.array([len(request.prompt_ids) for request in requests])
-        lengths = starts + settings.length
-        tokens = np.concatenate([part for request, row in zip(requests, canvas.numpy(), strict=True) for part in (request.prompt_ids, row)])
-        layout = pack_layout(lengths)
-        rows, cols = eligible.nonzero(as_tuple=True)
-        targets = layout.row_offsets.long()[rows] + torch.from_numpy(starts)[rows] + cols
-        hidden = self.model.denoise(torch.from_numpy(tokens).to(self.device), to_device(layout, self.device))
-        logits = self.model.head(hidden, targets.to(self.device)).cpu().double()
-        logits[:, self.model.mask_id] = -torch.inf
-        if settings.eos == "never":
-            logits[:, self.model.eos_id] = -torch.inf
-        log_probs = logits.log_softmax(-1)
-        if settings.temperature > 0:
-            race = torch.from_numpy(keys.exponential(stream, rows.tolist(), cols.tolist(), logits.shape[1]))
-            token = (logits / settings.temperature - race.log()).argmax(-1)
-            tempered = (logits / settings.temperature).log_softmax(-1)
-            logp_sample = tempered.gather(1, token[:, None]).squeeze(1)
+    def record_predictions(self, view: View, row: Tensor, column: Tensor, token: Tensor) -> None:
+        canvas = self.canvas(view.rows).int()
+        canvas[canvas == self.model.mask_id] = NEVER
+        canvas[row, column] = token.int()
+        self.trace["predictions"][view.rows, view.state.number] = canvas
+
+    def write(self, view: View, stats: RowStats, commit: Commit) -> None:
+        """Put the committed tokens into the canvas and their statistics into the trace."""
+        allowed = view.inside if self.edits_tokens else view.state.masked
+        positions = commit.positions & allowed
+        row, cell = positions.nonzero(as_tuple=True)
+        slot, column = view.rows[row], view.columns[row, cell]
+        place, token = self.slots.prompt_length[slot] + column, commit.tokens[row, cell]
+        number = view.state.number[row]
+        if self.edits_tokens:
+            old = self.slots.tokens[slot, place]
+            replaced = (old != self.model.mask_id) & (old != token)
+            entries = (values[replaced].tolist() for values in (slot, number, column, old, token))
+            for where, *entry in zip(*entries, strict=True):
+                self.edits[where].append(tuple(entry))
+            number = torch.where(old == self.model.mask_id, number, self.trace["unmask_step"][slot, column])
+        self.slots.tokens[slot, place] = token
+        self.trace["unmask_step"][slot, column] = number.to(torch.int16)
+        for name in ("logp_sample", "logp_model", "entropy"):
+            if name in self.trace:
+                self.trace[name][slot, column] = getattr(stats, name)[row, cell].float()
+        if "order" in self.trace:
+            order = positions.cumsum(1) - 1 if commit.order is None else commit.order
+            self.trace["order"][slot, column] = order[row, cell].to(torch.int16)
+        if "fallback" in self.trace and commit.fallback is not None:
+            self.trace["fallback"][slot, column] = commit.fallback[row]
+
+    def leave_block(self, view: View, commit: Commit) -> list[int]:
+        """Move rows on to their next step or block; returns the slots that are finished."""
+        rows, slots, block_length = view.rows, self.slots, self.schedule.block_length
+        if commit.done is None:
+            left = (slots.tokens[rows[:, None], view.place] == self.model.mask_id) & view.inside
+            done = ~left.any(1)
         else:
-            token = first_argmax(logits)
-            logp_sample = torch.zeros(len(token), dtype=torch.float64)
-        best = log_probs.topk(2, dim=-1).values.exp()
-        probs = log_probs.exp()
-        entropy = -(probs * log_probs.masked_fill(probs == 0, 0.0)).sum(-1)
+            done = commit.done
+        done = done | (view.state.step == self.schedule.steps_per_block - 1)
+        slots.step[rows] = torch.where(done, 0, view.state.step + 1)
+        slots.idle[rows] = torch.where(done, 0, view.state.idle + ~view.state.masked.any(1))
+        slots.block[rows] = view.state.block + done
+        slots.first[rows] = view.state.first + block_length * done
+        finished = slots.first[rows] >= self.settings.length
+        if self.settings.early_stop == "fill_eos":
+            finished |= done & (self.canvas(rows) == self.model.eos_id).any(1)
+        return rows[finished].tolist()
 
-        def grid(values: Tensor, fill: float) -> Tensor:
-            full = torch.full(eligible.shape, fill, dtype=values.dtype)
-            full[rows, cols] = values
-            return full
-
-        return RowStats(
-            token=grid(token, 0),
-            logp_model=grid(log_probs.gather(1, token[:, None]).squeeze(1), -torch.inf),
-            logp_sample=grid(logp_sample, -torch.inf),
-            entropy=grid(entropy, 0.0),
-            margin=grid(best[:, 0] - best[:, 1], 0.0),
-            deferred=grid((token == self.model.eos_id) & (settings.eos == "last"), False),
+    def rollout(self, slot: int) -> Rollout:
+        """The record of a finished slot."""
+        request, settings, eos_id = self.requests[self.occupant[slot]], self.settings, self.model.eos_id
+        start = len(request.prompt_ids)
+        canvas = self.slots.tokens[slot, start : start + settings.length].cpu().numpy()
+        ends = np.flatnonzero(canvas == eos_id)
+        if settings.early_stop == "fill_eos" and len(ends):
+            canvas = np.where(canvas == self.model.mask_id, eos_id, canvas)
+        return Rollout(
+            uid=request.uid,
+            group_uid=request.group_uid,
+            prompt_ids=request.prompt_ids,
+            completion_ids=canvas.astype(np.int32),
+            length=int(ends[0]) + 1 if len(ends) else settings.length,
+            policy_version=np.full(settings.length, self.version, dtype=np.int32),
+            num_forwards=int(self.slots.forwards[slot]),
+            sampler=dataclasses.asdict(settings),
+            edits=tuple(self.edits[slot]) if self.edits_tokens or "edits" in self.records else None,
+            **{name: values[slot].cpu().numpy().copy() for name, values in self.trace.items()},
         )
 
-
-class _Keys:
-    """The noise keys of the rows at one denoising step."""
-
-    def __init__(self, uids: list[int], step: int) -> None:
-        self.uids, self.step = uids, step
-
-    def exponential(self, stream: Stream, rows: list[int], cols: list[int], vocab_size: int) -> np.ndarray:
-        """float64 [M, V] standard exponentials. The smallest E / p wins an exact draw from p; log1p keeps small u exact."""
-        out = np.empty((len(rows), vocab_size))
-        for index, (row, col) in enumerate(zip(rows, cols, strict=True)):
-            out[index] = stream.uniform(vocab_size, uid=self.uids[row], step=self.step, position=col)
-        return -np.log1p(-out)
-
-    def uniforms(self, stream: Stream, length: int) -> Tensor:
-        """float64 [R, L], one uniform per row and position."""
-        return torch.from_numpy(np.stack([stream.uniform(length, uid=uid, step=self.step) for uid in self.uids]))
+    def stream(self, purpose: str) -> Stream:
+        if purpose not in self.streams:
+            self.streams[purpose] = self.noise.stream(purpose)
+        return self.streams[purpose]
 
 
-def first_argmax(logits: Tensor) -> Tensor:
-    """int64 [M], index of the maximum of each row of [M, V]; the lowest one at ties."""
-    best = logits == logits.amax(-1, keepdim=True)
-    index = torch.arange(logits.shape[-1], device=logits.device)
-    return torch.where(best, index, logits.shape[-1]).amin(-1)
+class View:
+    """The active blocks of R rows."""
 
+    def __init__(self, rollouts: Rows, rows: Tensor) -> None:
+        self.rollouts, self.rows = rollouts, rows
+        slots, length, width = rollouts.slots, rollouts.settings.length, rollouts.schedule.block_length
+        first, step, prompt_length = slots.first[rows], slots.step[rows], slots.prompt_length[rows]
+        self.columns = first[:, None] + torch.arange(width, device=rows.device)  # [R, W], canvas indices
+        self.inside = (self.columns >= 0) & (self.columns < length)
+        self.place = (prompt_length[:, None] + self.columns).clamp_max(slots.tokens.shape[1] - 1)  # [R, W], in `tokens`
+        tokens = slots.tokens[rows[:, None], self.place]
+        self.state = CanvasState(
+            tokens=tokens,
+            masked=(tokens == rollouts.model.mask_id) & self.inside,
+            step=step,
+            idle=slots.idle[rows],
+            block=slots.block[rows],
+            number=slots.block[rows] * rollouts.schedule.steps_per_block + step,
+            first=first,
+            prompt_length=prompt_length,
+        )
 
-def response_length(completion: Tensor, eos_id: int) -> int:
-    """Tokens through the first EOS; the whole canvas when there is none."""
-    found = (completion == eos_id).nonzero()
-    return int(found[0]) + 1 if len(found) else len(completion)
+    def uniforms(self, purpose: str) -> Tensor:
+        """float64 [R, W], see `rlhub.samplers`."""
+        rollouts, length = self.rollouts, self.rollouts.settings.length
+        stream = rollouts.stream(purpose)
+        uids = [rollouts.requests[rollouts.occupant[slot]].uid for slot in self.rows.tolist()]
+        drawn = [stream.uniform(length, uid=uid, step=step) for uid, step in zip(uids, self.state.number.tolist(), strict=True)]
+        return torch.from_numpy(np.stack(drawn)).to(self.rows.device).gather(1, self.columns.clamp(0, length - 1))
+
+    def grid(self, row: Tensor, column: Tensor, values: dict[str, Tensor]) -> RowStats:
+        """Statistics [M] of canvas positions `column` of rows `row` as `[R, W]`; those outside the active blocks are left out."""
+        cell = column - self.state.first[row]
+        within = (cell >= 0) & (cell < self.columns.shape[1])
+        fields = {}
+        for name, value in values.items():
+            fields[name] = torch.zeros(self.columns.shape, dtype=value.dtype, device=value.device)
+            fields[name][row[within], cell[within]] = value[within]
+        deferred = (fields["token"] == self.rollouts.model.eos_id) & (self.rollouts.settings.eos == "last")
+        return RowStats(deferred=deferred, **fields)
