@@ -1,4 +1,4 @@
-"""The chain rule from left to right, log p(y) = sum_k log p(y_k | y_<k), from prefix views (JustGRPO, arXiv 2601.15165)."""
+"""The chain rule, log p(y) = sum_k log p(y_k | y_<k), from `prefix` views (JustGRPO, arXiv 2601.15165) or `chain` views in any order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Config:
 
 
 def estimate(log_prob: Tensor, views: Views, credit: Credit, config: Config) -> LogLikelihood:
-    """log p(y | x) of left-to-right generation in nats, without error."""
+    """log p(y | x) in nats, without error, of generation in the order of the views."""
     if config.granularity == "token":
         value, mask = token_means(log_prob, views)
         return LogLikelihood(value, "exact", "token", views.length, mask=mask)

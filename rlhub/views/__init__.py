@@ -10,16 +10,26 @@ reference see the same masks and the result does not depend on how the batch is 
 
 A budget of n = n_t n_y draws may put n_y = `masks_per_level` masks on each of n_t noise levels; its variance is V_t / n_t + V_y / n, so
 n_y = 1 is best (VRPO, arXiv 2505.19223, Lemma 5 and Proposition 1).
+
+A block-causal model (`Batch.model_block`) generates block after block. `elbo`, `coupled`, `supervised` and `all_masks` noise each block on
+its own and show it the blocks before clean: the sum of the blocks' ELBOs given their prefix. `trajectory` and `prefix` replay states. The
+other views mask the whole completion at once, which is a proxy there (`EXACT_ON_BLOCKS` names those that are none).
 """
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from rlhub.noise import Stream
 from rlhub.types import Batch
 
 Levels = Literal["independent", "stratified"]
+
+EXACT_ON_BLOCKS = ("elbo", "coupled", "supervised", "all_masks", "trajectory", "prefix", "chain")
 
 
 def check_draws(draws: int, masks_per_level: int = 1) -> None:
@@ -34,13 +44,13 @@ def check_draws(draws: int, masks_per_level: int = 1) -> None:
         raise ValueError(f"draws must be a multiple of masks_per_level={masks_per_level}, got {draws}")
 
 
-def mask_level(noise: Stream, batch: Batch, sample: int, draw: int, num_draws: int, update: int, levels: str) -> float:
-    """A noise level, uniform on (0, 1).
+def mask_level(noise: Stream, batch: Batch, sample: int, draw: int, num_draws: int, update: int, levels: str, block: int = 0) -> float:
+    """A noise level, uniform on (0, 1), of a block of the model.
 
     `stratified` spreads the draws of one sample over equal strata by one shared offset (systematic sampling): each draw keeps the
     uniform law, which a per-sample estimate needs, and the mean over draws has lower variance.
     """
-    key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update}
+    key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "step": block}
     if levels == "stratified":
         return float((noise.uniform(1, **key, draw=0, position=1)[0] + draw / num_draws) % 1.0)
     if levels != "independent":
@@ -48,11 +58,60 @@ def mask_level(noise: Stream, batch: Batch, sample: int, draw: int, num_draws: i
     return float(noise.uniform(1, **key, draw=draw, position=1)[0])
 
 
-def mask_count(noise: Stream, batch: Batch, sample: int, draw: int, num_draws: int, update: int, levels: str, low: int) -> int:
-    """A mask count l with uniform law on {low, ..., L}; see `mask_level`.
+def count_of(level: float, size: int, low: int = 1) -> int:
+    """The mask count l in {low, ..., size} of a level, uniform when the level is.
 
     The level is cut down to a count, since rounding half to even would never draw some counts.
     """
-    choices = int(batch.span[sample]) - low + 1
-    level = mask_level(noise, batch, sample, draw, num_draws, update, levels)
+    choices = size - low + 1
     return low + min(int(level * choices), choices - 1)
+
+
+def mask_count(noise: Stream, batch: Batch, sample: int, draw: int, num_draws: int, update: int, levels: str, low: int) -> int:
+    """A mask count l with uniform law on {low, ..., L}; see `mask_level`."""
+    return count_of(mask_level(noise, batch, sample, draw, num_draws, update, levels), int(batch.span[sample]), low)
+
+
+def model_blocks(batch: Batch, sample: int) -> list[slice]:
+    """The parts of a sample's scored span that lie in each block of the model; one part for full attention."""
+    span, size = int(batch.span[sample]), batch.model_block
+    inner = range(size - len(batch.prompts[sample]) % size, span, size) if size else ()
+    return [slice(*edges) for edges in itertools.pairwise([0, *inner, span])]
+
+
+@dataclass(frozen=True)
+class Masks:
+    """One draw: of each block of the model a uniform subset, whose size has uniform law.
+
+    Attributes:
+        masked: bool [span].
+        count: int64 [span], masked tokens of each position's block.
+        size: int64 [span], tokens of each position's block.
+    """
+
+    masked: np.ndarray
+    count: np.ndarray
+    size: np.ndarray
+
+
+def draw_masks(
+    noise: Stream,
+    batch: Batch,
+    sample: int,
+    draw: int,
+    num_draws: int,
+    update: int,
+    levels: str,
+    low: int,
+    masks_per_level: int = 1,
+) -> Masks:
+    """l ~ U{low..L_b} masks among the L_b tokens of each block b; `masks_per_level` neighbouring draws share the level."""
+    span = int(batch.span[sample])
+    masked, count, size = np.zeros(span, dtype=bool), np.zeros(span, dtype=np.int64), np.zeros(span, dtype=np.int64)
+    key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "draw": draw}
+    for number, block in enumerate(model_blocks(batch, sample)):
+        tokens = block.stop - block.start
+        level = mask_level(noise, batch, sample, draw // masks_per_level, num_draws // masks_per_level, update, levels, number)
+        size[block], count[block] = tokens, count_of(level, tokens, low)
+        masked[block] = noise.subset(tokens, int(count[block.start]), **key, step=number)
+    return Masks(masked, count, size)

@@ -1,17 +1,19 @@
 """ESPO's coupled pair: a mask and its complement as one draw (arXiv 2512.03759, appendix D).
 
 l ~ U{0..L}, which makes L - l follow the same law; each half is weighted (L + 1) / l over its own masked positions, an empty half
-contributes 0, and the draw is half their sum: unbiased for the ELBO.
+contributes 0, and the draw is half their sum: unbiased for the ELBO. A block-causal model has an l and a complement in each of its blocks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from rlhub.batching import Row, build_views
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
-from rlhub.views import mask_count
+from rlhub.views import draw_masks
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,13 @@ class Config:
 def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
     """Two rows per draw; the empty half of l = 0 or l = L is left out."""
     rows = []
-    for sample, span in enumerate(batch.span.tolist()):
+    for sample in range(len(batch)):
         for draw in range(config.draws):
-            count = mask_count(noise, batch, sample, draw, config.draws, update, config.levels, low=0)
-            masked = noise.subset(span, count, uid=int(batch.uid[sample]), epoch=batch.epoch, update=update, draw=draw)
-            for half in (masked, ~masked):
+            drawn = draw_masks(noise, batch, sample, draw, config.draws, update, config.levels, 0)
+            for half, count in ((drawn.masked, drawn.count), (~drawn.masked, drawn.size - drawn.count)):
                 if half.any():
-                    rows.append(Row(sample, draw, half, weight=0.5 * (span + 1) / int(half.sum())))
+                    weight = 0.5 * (drawn.size + 1) / np.maximum(count, 1)  # a block of which the half has nothing is not scored
+                    rows.append(Row(sample, draw, half, weight, clean_before=batch.model_block > 0))
     return build_views(batch, rows, config.draws)
 
 

@@ -1,4 +1,7 @@
-"""The l-form of the ELBO: l ~ U{1..L} positions masked, weight L / l (LLaDA, arXiv 2502.09992, Eq. 6; ESPO, arXiv 2512.03759, Eq. 3)."""
+"""The l-form of the ELBO: l ~ U{1..L} positions masked, weight L / l (LLaDA, arXiv 2502.09992, Eq. 6; ESPO, arXiv 2512.03759, Eq. 3).
+
+A block-causal model draws l for each of its blocks, and a draw is the sum over blocks (BD3-LM, arXiv 2503.09573, Eq. 7, in the l-form).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 from rlhub.batching import Row, build_views
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
-from rlhub.views import check_draws, mask_count
+from rlhub.views import check_draws, draw_masks
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,11 @@ class Config:
 
 def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
     """One row per draw."""
-    rows, num_levels = [], config.draws // config.masks_per_level
-    for sample, span in enumerate(batch.span.tolist()):
+    rows = []
+    for sample in range(len(batch)):
         for draw in range(config.draws):
-            level = draw // config.masks_per_level
-            count = mask_count(noise, batch, sample, level, num_levels, update, config.levels, low=1)
-            masked = noise.subset(span, count, uid=int(batch.uid[sample]), epoch=batch.epoch, update=update, draw=draw)
-            rows.append(Row(sample, draw, masked, weight=span / count))
+            drawn = draw_masks(noise, batch, sample, draw, config.draws, update, config.levels, 1, config.masks_per_level)
+            rows.append(Row(sample, draw, drawn.masked, weight=drawn.size / drawn.count, clean_before=batch.model_block > 0))
     return build_views(batch, rows, config.draws)
 
 

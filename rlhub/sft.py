@@ -1,0 +1,104 @@
+"""Supervised training as the families publish it: what of an answer counts, and how the loss weighs it.
+
+what counts       `sft.eos_padding`, `sft.pad_to`, `sft.mask_prompt` and `sft.random_length` change the batch
+how it is hidden  `sft.masks`, `sft.mask_range`, `sft.loss_weight` are options of the views `supervised`
+denominators      answer_length   (1/B) sum_i loss_i / L_i                    LLaDA (arXiv 2502.09992)
+                  batch_tokens    sum_i loss_i / sum_i L_i                    SMDM (arXiv 2410.18514), and pretraining of equal rows
+                  masked_tokens   sum_i loss_i / hidden tokens of the batch   Dream (arXiv 2508.15487)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from rlhub.config import AlgorithmConfig, ModelConfig, SFTConfig
+from rlhub.errors import DataError
+from rlhub.noise import Noise
+from rlhub.types import Batch
+
+
+def family_weight(model_path: Path) -> str:
+    """The loss weight that the family of a model folder is trained with."""
+    from rlhub.plan import meta_network
+
+    return meta_network(ModelConfig(path=str(model_path))).profile.loss_weight
+
+
+def supervised_algorithm(config: SFTConfig, family_weight: str) -> AlgorithmConfig:
+    """The parts that a supervised phase is made of.
+
+    Args:
+        family_weight: `loss_weight` of the model's profile, which `auto` stands for.
+    """
+    weight = family_weight if config.loss_weight == "auto" else config.loss_weight
+    low, high = config.mask_range
+    is_elbo = weight == "inverse_t" and (low, high) == (0, 1) and config.normalize != "masked_tokens"
+    counted = "masked" if config.normalize == "masked_tokens" else "scored"
+    normalize = "sample" if config.normalize == "answer_length" else "batch"
+    return AlgorithmConfig(
+        advantage={"name": "constant"},
+        views={"name": "supervised", "draws": config.draws, "masks": config.masks, "loss_weight": weight, "low": low, "high": high},
+        likelihood={"name": "elbo"} if is_elbo else {"name": "cross_entropy", "count": counted},
+        objective={"name": "policy_gradient", "normalize": normalize},
+        behavior="none",
+    )
+
+
+def supervised_batch(batch: Batch, config: SFTConfig, eos_id: int, canvas: int, noise: Noise, step: int) -> Batch:
+    """The batch of a step with what counts of it.
+
+    Args:
+        canvas: tokens that `pad_to: canvas` fills.
+
+    Raises:
+        DataError: an answer has no token that counts.
+    """
+    batch = with_ending(batch, config.eos_padding, eos_id, canvas if config.pad_to == "canvas" else int(batch.length.max()))
+    batch = whole_sequences(batch) if config.mask_prompt else batch
+    return cut_at_random(batch, config.random_length, noise, step)
+
+
+def with_ending(batch: Batch, eos_padding: str, eos_id: int, width: int) -> Batch:
+    """The batch with EOS padding to `width` (`loss`), one EOS (`first`), or none (`none`); unchanged with `auto`.
+
+    Raises:
+        DataError: without EOS an answer is empty.
+    """
+    if eos_padding == "auto":
+        return batch
+    if eos_padding == "loss":
+        padding = [np.full(max(width - len(one), 0), eos_id, dtype=np.int32) for one in batch.completions]
+        completions = [np.concatenate([one, more]) for one, more in zip(batch.completions, padding, strict=True)]
+        return replace(batch, completions=completions, span=np.maximum(batch.length, width))
+    if eos_padding == "first":
+        return replace(batch, span=batch.length)
+    last = np.array([one[length - 1] for one, length in zip(batch.completions, batch.length, strict=True)])
+    span = batch.length - (last == eos_id)
+    if (span < 1).any():
+        raise DataError("sft.eos_padding none leaves nothing of an empty answer; remove it from the data or use first")
+    return replace(batch, span=span)
+
+
+def whole_sequences(batch: Batch) -> Batch:
+    """The batch with each prompt as the first part of what is scored."""
+    prompt = np.array([len(one) for one in batch.prompts])
+    return replace(
+        batch,
+        prompts=[one[:0] for one in batch.prompts],
+        completions=[np.concatenate(pair) for pair in zip(batch.prompts, batch.completions, strict=True)],
+        length=batch.length + prompt,
+        span=batch.span + prompt,
+        unmask_step=None,
+    )
+
+
+def cut_at_random(batch: Batch, share: float, noise: Noise, step: int) -> Batch:
+    """With probability `share` the batch with its rows cut to n ~ U{1..longest} scored tokens (LLaDA, arXiv 2502.09992, sec. 2.2)."""
+    decide, where = noise.uniform("sft/random_length", 2, uid=step)
+    if decide >= share:
+        return batch
+    longest = int(batch.span.max())
+    return replace(batch, span=np.minimum(batch.span, 1 + min(int(where * longest), longest - 1)))
