@@ -1,79 +1,46 @@
-"""Denoising in the terminal: masked cells fill up step by step, the new ones highlighted."""
+"""`rlhub sample`: denoising in the terminal. Masked cells fill up step by step in the colour of the model's confidence."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
+from rewards.tools.text import plain as plain_prompt
 from rlhub.config import SamplerConfig
-from rlhub.errors import UserError
-from rlhub.parts import assign, flatten
-from rlhub.rollout_log import read_rollouts, rollout_files, token_strings
+from rlhub.errors import DataError, UserError
+from rlhub.parts import assign, flatten, load_part
+from rlhub.rollout_log import read_rollouts, rollout_files, rollout_row, token_namer, token_strings
+from rlhub.timeline import (
+    CONFIDENCE_COLORS,
+    VISIBLE,
+    Cell,
+    Frame,
+    Row,
+    confidence_color,
+    denoising_frames,
+    settings_text,
+    write_timelines,
+)
 from rlhub.types import NEVER, Rollout
 
-State = Literal["masked", "new", "filled"]
-STYLES: dict[State, str] = {"masked": "dim", "new": "bold black on green", "filled": ""}
-VISIBLE = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
-
-
-class Cell(NamedTuple):
-    """One position of the canvas in one frame."""
-
-    text: str
-    state: State
-
-
-def denoising_frames(tokens: Sequence[str], unmask_step: Sequence[int], mask: str = "_") -> list[list[Cell]]:
-    """The canvas before the first step and after each step; a position that was never filled stays masked.
-
-    >>> [" ".join(cell.text for cell in frame) for frame in denoising_frames(["3", "+", "4"], [1, 0, 0])]
-    ['_ _ _', '_ + 4', '3 + 4']
-    """
-
-    def cell(token: str, filled_at: int, step: int) -> Cell:
-        if filled_at == NEVER or filled_at > step:
-            return Cell(mask, "masked")
-        return Cell(token, "new" if filled_at == step else "filled")
-
-    steps = range(-1, max(unmask_step, default=NEVER) + 1)
-    return [[cell(token, int(at), step) for token, at in zip(tokens, unmask_step, strict=True)] for step in steps]
-
-
-def animate(frames: Iterable[Sequence[Cell]], console: Console | None = None, delay: float = 0.15, title: str = "") -> None:
-    """Plays the frames in place on a terminal, `delay` seconds each; prints them one below the other anywhere else."""
-    console = console or Console()
-    if not console.is_terminal:
-        if title:
-            console.print(title, markup=False, highlight=False, soft_wrap=True)
-        for step, frame in enumerate(frames):
-            console.print(f"step {step:3d}: {plain_frame(frame)}", markup=False, highlight=False, soft_wrap=True)
-        return
-    with Live(console=console, refresh_per_second=30, transient=False) as live:
-        for step, frame in enumerate(frames):
-            live.update(Group(Text(title, style="bold"), frame_text(frame), Text(f"step {step}", style="dim")), refresh=True)
-            time.sleep(delay)
-
-
-def plain_frame(frame: Sequence[Cell]) -> str:
-    """A frame in one line, cells apart by a space."""
-    return " ".join(cell.text.translate(VISIBLE) for cell in frame)
-
-
-def frame_text(frame: Sequence[Cell]) -> Text:
-    """A frame with its colours. Masked cells are as wide as one character, so that the text grows as it is written."""
-    text = Text()
-    for cell in frame:
-        shown = "\u2591" if cell.state == "masked" else cell.text.translate(VISIBLE)
-        text.append(shown, style=STYLES[cell.state]).append(" ")
-    return text
+MASK = "\u2591"
+RECORDED = ("entropy", "order")  # beside what the run's own sampler records
+LOG_PROBS = {
+    "exact": "they multiply to the probability of this rollout",
+    "given_order": "exact for the tokens given their positions",
+    "none": "positions depend on draws that are not recorded, so they do not multiply to the rollout's probability",
+}
 
 
 @dataclass
@@ -82,48 +49,102 @@ class SampleConfig:
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     seed: int = 0
-    delay: float = 0.15  # seconds a frame stays
+    delay: float = 0.15  # seconds a step stays
 
 
-def show_sample(path: Path, prompt: str | None = None, overrides: Sequence[str] = ()) -> None:
-    """Generates one completion and shows how it came to be.
+def show_sample(
+    path: Path, prompts: Sequence[str] = (), overrides: Sequence[str] = (), file: Path | None = None, html: Path | None = None
+) -> None:
+    """Generates one completion per prompt and shows how each came to be.
 
     Args:
-        path: run folder (its newest checkpoint is taken) or checkpoint folder in Hugging Face layout.
-        prompt: text to complete; None takes the first prompt of the run's newest dump of rollouts.
+        path: run folder (its newest checkpoint is taken), checkpoint or model folder in Hugging Face layout.
+        prompts: texts to complete; without any, and without a file, the first prompt of the run's newest dump of rollouts.
         overrides: `key=value` for `SampleConfig`; the sampler starts from the recipe of the run that `path` belongs to.
+        file: more prompts, see `read_prompts`.
+        html: where to write a page with the timelines as well.
+
+    Raises:
+        UserError: there is no prompt, or the settings do not fit together.
     """
-    from rlhub import generate, load_model
+    from rlhub.api import generate_with, load_model
     from rlhub.checkpoint import resolve_model_path
 
     path = Path(path)
     run_dir = run_folder(path)
     config = sample_config(run_dir, overrides)
+    asked = [*prompts, *(read_prompts(file) if file else [])] or [recorded_prompt(run_dir)]
     model = load_model(resolve_model_path(path))
-    prompt = recorded_prompt(run_dir) if prompt is None else prompt
-    sampler = config.sampler
-    [rollout] = generate(
-        model,
-        [prompt],
-        sampler=sampler.name,
-        length=sampler.length,
-        steps=sampler.steps,
-        block_length=sampler.block_length,
-        temperature=sampler.temperature,
-        seed=config.seed,
-    )
-    show_rollout(rollout, model.tokenizer, prompt, delay=config.delay)
+    config.sampler.records = sorted({*config.sampler.records, *RECORDED})
+    try:
+        rollouts = generate_with(model, asked, config.sampler, config.seed)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    rows = [sample_row(rollout, model.tokenizer, prompt) for rollout, prompt in zip(rollouts, asked, strict=True)]
+    console = Console()
+    for number, (row, rollout) in enumerate(zip(rows, rollouts, strict=True)):
+        if number:
+            console.print()
+        show_row(row, console, config.delay)
+        _print(console, numbers_text(rollout), style="dim")
+    if html is not None:
+        title = f"{(run_dir or path).resolve().name}: {len(rows)} completion{'s' * (len(rows) > 1)}"
+        _print(console, f"timeline {write_timelines(rows, html, title)}")
 
 
-def show_rollout(rollout: Rollout, tokenizer: Any, prompt: str, console: Console | None = None, delay: float = 0.15) -> None:
-    """Plays a rollout under its prompt, then prints its text."""
-    console = console or Console()
-    frames = denoising_frames(token_strings(tokenizer, rollout.completion_ids), rollout.unmask_step.tolist())
-    animate(frames, console, delay, title=prompt)
+def sample_row(rollout: Rollout, tokenizer: Any, prompt: Any) -> dict[str, Any]:
+    """A rollout as its run would log it."""
     completion = tokenizer.decode(rollout.completion_ids[: rollout.length].tolist(), skip_special_tokens=True)
-    console.print(f"completion: {completion}", markup=False, highlight=False, soft_wrap=True)
-    counts = f"{len(frames) - 1} denoising steps, {rollout.num_forwards} forwards, {rollout.length} tokens"
-    console.print(counts, style="dim", highlight=False)
+    strings = token_strings(tokenizer, rollout.completion_ids)
+    return rollout_row(0, rollout, plain_prompt(prompt), completion, strings, token_namer(tokenizer))
+
+
+def show_row(row: Row, console: Console | None = None, delay: float = 0.15) -> None:
+    """Plays the denoising of a row in place on a terminal, `delay` seconds a step; prints a table of its steps anywhere else."""
+    console = console or Console()
+    frames = denoising_frames(row, MASK if console.is_terminal else "_")
+    _print(console, row["prompt"], style="bold")
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=30, transient=False) as live:
+            for number, frame in enumerate(frames):
+                live.update(_picture(frame, number, len(frames) - 1), refresh=True)
+                time.sleep(delay)
+    else:
+        for line in step_table(row, frames):
+            _print(console, line)
+    _print(console, f"completion: {row['completion']}")
+
+
+def step_table(row: Row, frames: Sequence[Frame]) -> list[str]:
+    """A line for each step: what it filled or edited, how sure the model was of the least sure of these, and the canvas after it."""
+    length = len(row["tokens"])
+    lines = [f"{'step':>4}  {'block':>9}  {'filled':>9}  {'confidence':>10}  canvas"]
+    for frame in frames:
+        filled = sum(cell.state != "masked" for cell in frame.cells)
+        written = [cell for cell in frame.cells if cell.state in ("new", "edited")]
+        least = min((cell.confidence for cell in written if cell.confidence is not None), default=None)
+        block = f"{frame.block[0]}-{frame.block[1] - 1}"
+        edits = [f"  [{position}: {_visible(cell.old)} -> {_visible(cell.text)}]" for position, cell in enumerate(frame.cells) if cell.old]
+        confidence = "" if least is None else f"{least:.4f}"
+        canvas = " ".join(_visible(cell.text) for cell in frame.cells)
+        lines.append(f"{frame.step + 1:>4}  {block:>9}  {f'{filled}/{length}':>9}  {confidence:>10}  {canvas}{''.join(edits)}")
+    return lines
+
+
+def numbers_text(rollout: Rollout) -> str:
+    """Settings, forwards and log-probs of a rollout, one line each."""
+    filled = rollout.unmask_step != NEVER
+    per_token = rollout.num_forwards / max(1, rollout.length)
+    lines = [
+        f"sampler: {settings_text(rollout.sampler)}",
+        f"{rollout.num_forwards} forwards for {rollout.length} tokens through the first end of text ({per_token:.2f} per token), "
+        f"{int(filled.sum())} of {len(filled)} positions filled",
+        f"log-prob at temperature 1: {rollout.logp_model[filled].sum():.4f} nats, under the law that drew: "
+        f"{rollout.logp_sample[filled].sum():.4f} nats; {LOG_PROBS[load_part('samplers', rollout.sampler['name']).LOG_PROBS]}",
+    ]
+    if rollout.entropy is not None and filled.any():
+        lines.append(f"entropy when filled: mean {rollout.entropy[filled].mean():.4f}, highest {rollout.entropy[filled].max():.4f} nats")
+    return "\n".join(lines)
 
 
 def run_folder(path: Path) -> Path | None:
@@ -135,6 +156,8 @@ def sample_config(run_dir: Path | None, overrides: Sequence[str]) -> SampleConfi
     """Defaults, then the run's sampler, then the overrides; a key or type that does not exist is refused."""
     recorded = OmegaConf.load(run_dir / "config.yaml").get("sampler", {}) if run_dir else {}
     told = OmegaConf.merge({"sampler": recorded}, OmegaConf.from_dotlist(list(overrides)))
+    if told.sampler.get("name") != recorded.get("name") and not any(text.startswith("sampler.options.") for text in overrides):
+        told.sampler.options = {}  # they were another sampler's
     config = OmegaConf.structured(SampleConfig)
     for key, value in flatten(OmegaConf.to_container(told)):
         assign(config, SampleConfig, key, value, owner="sample")
@@ -147,3 +170,63 @@ def recorded_prompt(run_dir: Path | None) -> str:
         for row in read_rollouts(file):
             return row["prompt"]
     raise UserError('no prompt is recorded there; give one: rlhub sample PATH "PROMPT"')
+
+
+def read_prompts(file: Path) -> list[Any]:
+    """The prompts of a file: one text a line, or from JSON lines (`.jsonl`) the `prompt` of each row, text or chat messages.
+
+    Raises:
+        DataError: there is no such file, it has no prompts, or a line has none.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read prompts from {file}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise DataError(f"{file} holds no prompts; write one a line")
+    return [_row_prompt(file, number, line) for number, line in numbered] if file.suffix == ".jsonl" else [line for _, line in numbered]
+
+
+def _row_prompt(file: Path, number: int, line: str) -> Any:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (json.JSONDecodeError, TypeError, KeyError):
+        raise DataError(f'{file}, line {number}: expected a JSON object with a prompt, such as {{"prompt": "..."}}') from None
+    if not isinstance(prompt, str | list) or not prompt:
+        raise DataError(f"{file}, line {number}: a prompt is text or chat messages, got {prompt!r:.80}")
+    return prompt
+
+
+def _picture(frame: Frame, number: int, last: int) -> Group:
+    """What the terminal shows of a state: the canvas, the edits of this step, and how far it is."""
+    text = Text()
+    for position, cell in enumerate(frame.cells):
+        text.append(_visible(cell.text), style=_style(cell, frame.block[0] <= position < frame.block[1])).append(" ")
+    edits = [f"{position}: {_visible(cell.old)} \u2192 {_visible(cell.text)}" for position, cell in enumerate(frame.cells) if cell.old]
+    scale = Text("confidence 0 ", style="dim")
+    for color in CONFIDENCE_COLORS:
+        scale.append("  ", style=f"on {color}")
+    scale.append(" 1   ").append("new", style="bold").append("   ").append("edited", style="bold reverse")
+    counter = Table.grid(padding=(0, 2))
+    counter.add_row(ProgressBar(total=max(1, last), completed=number, width=24), Text(f"step {frame.step + 1}, {number} of {last}"), scale)
+    return Group(text, *([Text("edits  " + ",  ".join(edits), style="bold")] if edits else []), counter)
+
+
+def _style(cell: Cell, in_block: bool) -> str:
+    underline = " underline" if in_block else ""
+    if cell.state == "masked":
+        return f"dim{underline}"
+    fill = ""
+    if cell.confidence is not None:
+        color, ink = confidence_color(cell.confidence)
+        fill = f"{ink} on {color}"
+    return {"filled": "", "new": "bold ", "edited": "bold reverse "}[cell.state] + fill + underline
+
+
+def _visible(text: str) -> str:
+    return text.translate(VISIBLE)
+
+
+def _print(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

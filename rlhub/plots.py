@@ -41,7 +41,7 @@ STYLE = {
 COLORS = ["#2563eb", "#e2711d", "#1a936f", "#a4356b", "#6d597a", "#b8860b", "#3a7ca5", "#7a7a7a"]
 INK = "#57606a"
 DASHES = ["-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2))]
-SPANS = ["generate", "reward", "score", "learn", "sync", "eval", "checkpoint", "overhead"]
+SPANS = ["generate", "reward", "score", "learn", "sync", "eval", "checkpoint", "overhead", "replay"]
 TIMED_PHASES = ("online", "pairs")
 IDLE = "system/idle_share/"
 PHASE_TITLES = {"sft": "SFT", "online": "RL", "pairs": "preferences"}
@@ -130,6 +130,13 @@ PANELS = [
     ),
     Panel("Gradient norm", "before clipping", [Curve("grad_norm", "norm", smooth=True)], ("sft", "online", "pairs"), log=True),
     Panel("Learning rate", "learning rate", [Curve("learning_rate", "learning rate")], ("sft", "online", "pairs")),
+    Panel(
+        "Replay check",
+        "nats",
+        [Curve("replay/max_gap", "largest"), Curve("replay/mean_gap", "mean")],
+        log=True,
+        note="Recorded log-probs against the learner's, before the update; exact fp32 stays below 1e-5.",
+    ),
     Panel("Throughput", "samples per second", [Curve("throughput/samples_per_s", "samples", smooth=True)]),
 ]
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from omegaconf import OmegaConf
@@ -23,8 +22,8 @@ from rlhub.parts import flatten
 from rlhub.plots import PANELS, Group, draw_panel, draw_plots
 from rlhub.progress import accuracy_text, clock_text, describe_test_set, gain_text
 from rlhub.rollout_log import read_rollouts, rollout_files
+from rlhub.timeline import render, timeline_data
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
 SAMPLES_PER_DUMP = 6
 UNCOMPARED = ("run.name", "run.output_dir", "run.seed", "about")
 BOOKKEEPING = ("phase", "step", "wall_s")
@@ -86,8 +85,9 @@ def render_report(runs: Sequence[Run]) -> str:
     several = len(runs) > 1
     accuracies = [group_row(name, members) for name, members in groups.items()]
     running = any(not finished(run) for run in runs)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    dumps = [dump_view(path) for path in first_middle_last(rollout_files(first.path))]
+    return render(
+        "report.html.j2",
         title=" / ".join(groups) if several else first.name,
         subtitle=f"{len(runs)} runs" if several else f"rlhub run, {progress_text(first)}",
         about=first.config.get("about") or "",
@@ -98,7 +98,8 @@ def render_report(runs: Sequence[Run]) -> str:
         every_run=[run_row(run) for run in runs] if several else [],
         plots=[{"title": plot.title, "note": plot.note, "wide": plot.wide, "image": plot.data_uri()} for plot in plots],
         health=number_rows(first.rows) if not several else [],
-        dumps=[dump_view(path) for path in first_middle_last(rollout_files(first.path))],
+        dumps=dumps,
+        timelines=[sample["timeline"] for dump in dumps for sample in dump["samples"]],
         gradient=", ".join(token_color(share) for share in (0, 0.25, 0.5, 0.75, 1)),
         recipe=sorted((key, str(value)) for key, value in first.config.items() if key != "about"),
         recipe_name=first.name,
@@ -282,7 +283,7 @@ def sample_view(row: Mapping[str, Any]) -> dict[str, Any]:
     tokens = []
     for index, (text, step, logp) in enumerate(zip(row["tokens"], steps, logps, strict=True)):
         shown = text.replace("\n", "\\n").replace("\t", "\\t") or "\u2205"
-        tip = f"{shown!r} at step {step}" + (f", log-prob {logp:.3f}" if logp is not None else "")
+        tip = f"{shown!r} at step {step + 1}" + (f", log-prob {logp:.3f}" if logp is not None else "")
         if step < 0:
             tokens.append({"text": "_", "kind": "never", "style": "", "tip": "never filled"})
             continue
@@ -297,6 +298,7 @@ def sample_view(row: Mapping[str, Any]) -> dict[str, Any]:
         "reward": "-" if reward is None else f"{reward:g}",
         "status": row.get("status", "ungraded"),
         "length": length,
+        "timeline": timeline_data(row),
     }
 
 

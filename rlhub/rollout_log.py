@@ -1,24 +1,26 @@
 """Dumps of generated samples, `rollouts/step_00010.jsonl`: readable without the tokenizer, one JSON object a sample.
 
     {"schema": 1, "step": 10, "uid": 7, "group_uid": 1, "prompt": "...", "completion": "...", "tokens": ["3", "+", ...],
-     "unmask_step": [0, 2, ...], "logp": [-0.1, null, ...], "reward": 1.0, "status": "ok", "length": 5,
-     "parts": {"answer": {"value": 1.0, "status": "ok", "detail": "right"}, ...}}
+     "unmask_step": [0, 2, ...], "logp": [-0.1, null, ...], "reward": 1.0, "status": "ok", "length": 5, "forwards": 8,
+     "sampler": {"name": "low_confidence", "steps": 8, ...}, "parts": {"answer": {"value": 1.0, "status": "ok", "detail": "right"}, ...}}
 
 `tokens`, `unmask_step` and `logp` cover the whole canvas; `logp` is the model's at temperature 1 at the step that committed the token;
-`parts` is there when the reward combines several.
+`parts` is there when the reward combines several, and of the trace fields of `rlhub.types.Rollout` those that were recorded:
+`entropy`, `order`, `fallback` per position, `edits` as `[step, position, old, new]`, `predictions` as one canvas a step.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rewards.tools.grader import to_json
 from rlhub.errors import DataError
 from rlhub.metrics import plain, replace_text
-from rlhub.types import Rollout
+from rlhub.types import NEVER, Rollout
 
 SCHEMA = 1
 UNGRADED = "ungraded"
@@ -34,14 +36,23 @@ def rollout_files(run_dir: Path | str) -> list[Path]:
 
 
 def dump_rollouts(
-    path: Path | str, step: int, rollouts: Sequence[Rollout], texts: Sequence[tuple[str, str]], token_strings: Sequence[Sequence[str]]
+    path: Path | str,
+    step: int,
+    rollouts: Sequence[Rollout],
+    texts: Sequence[tuple[str, str]],
+    token_strings: Sequence[Sequence[str]],
+    name: Callable[[int], str] = str,
 ) -> None:
-    """Writes one dump at once. `texts` holds prompt and completion of each rollout, `token_strings` its canvas token by token."""
-    rows = [rollout_row(step, rollout, *text, strings) for rollout, text, strings in zip(rollouts, texts, token_strings, strict=True)]
+    """Writes one dump at once. `texts` holds prompt and completion of each rollout, `token_strings` its canvas token by token; `name`
+    is the text of any other token that a trace holds."""
+    pairs = zip(rollouts, texts, token_strings, strict=True)
+    rows = [rollout_row(step, rollout, *text, strings, name) for rollout, text, strings in pairs]
     replace_text(Path(path), "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
-def rollout_row(step: int, rollout: Rollout, prompt: str, completion: str, tokens: Sequence[str]) -> dict[str, Any]:
+def rollout_row(
+    step: int, rollout: Rollout, prompt: str, completion: str, tokens: Sequence[str], name: Callable[[int], str] = str
+) -> dict[str, Any]:
     """One sample in the schema above."""
     row = {
         "schema": SCHEMA,
@@ -56,9 +67,17 @@ def rollout_row(step: int, rollout: Rollout, prompt: str, completion: str, token
         "reward": None if rollout.reward is None else plain(rollout.reward.value),
         "status": UNGRADED if rollout.reward is None else rollout.reward.status,
         "length": int(rollout.length),
+        "forwards": int(rollout.num_forwards),
+        "sampler": plain(rollout.sampler),
     }
     if rollout.reward_parts:
         row["parts"] = {label: to_json(part) for label, part in rollout.reward_parts.items()}
+    traces = {key: getattr(rollout, key) for key in ("entropy", "order", "fallback")}
+    row |= {key: plain(values) for key, values in traces.items() if values is not None}
+    if rollout.edits is not None:
+        row["edits"] = [[int(at), int(position), name(int(old)), name(int(new))] for at, position, old, new in rollout.edits]
+    if rollout.predictions is not None:
+        row["predictions"] = [[None if token == NEVER else name(token) for token in canvas] for canvas in rollout.predictions.tolist()]
     return row
 
 
@@ -79,3 +98,8 @@ def read_rollouts(path: Path | str) -> list[dict[str, Any]]:
 def token_strings(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Each token of a canvas on its own, special tokens by name, for display."""
     return [tokenizer.decode([int(token)]) for token in ids]
+
+
+def token_namer(tokenizer: Any) -> Callable[[int], str]:
+    """The text of one token, looked up once each."""
+    return cache(lambda token: tokenizer.decode([token]))

@@ -1,144 +1,147 @@
-"""The animation of denoising, and the command behind `rlhub sample` with a fake model."""
+"""`rlhub sample`: the table and the animation of denoising, prompts from everywhere, settings, and the page."""
 
 from __future__ import annotations
 
 import io
-import sys
+import re
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner, Result
 from omegaconf import OmegaConf
 from rich.console import Console
 
+import rlhub
 from rlhub import display
+from rlhub.checkpoint import save_network, write_manifest
+from rlhub.cli import main
 from rlhub.config import Recipe
-from rlhub.display import Cell, animate, denoising_frames, sample_config, show_rollout, show_sample
-from rlhub.errors import RecipeError, UserError
+from rlhub.display import show_row
+from rlhub.models.llada import Config, LLaDA
 from rlhub.rollout_log import dump_rollouts, rollout_path
-from rlhub.types import NEVER, Rollout
+from rlhub.tokenizers import word_level
 
-WORDS = ["3", "+", "4", "<eos>", "<mask>"]
-
-
-class FakeTokenizer:
-    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        return "".join(WORDS[token] for token in ids if not skip_special_tokens or token < 3)
-
-
-def rollout(steps: tuple[int, ...] = (2, 0, 0, 1)) -> Rollout:
-    ids = np.array([4 if step == NEVER else index for index, step in enumerate(steps)], dtype=np.int32)
-    logp = np.zeros(len(ids), np.float32)
-    version = np.zeros(len(ids), np.int32)
-    return Rollout(1, 0, np.arange(2, dtype=np.int32), ids, len(ids), np.array(steps, np.int16), logp, logp, version, num_forwards=3)
+ROW = {
+    "prompt": "say [b]a[/b]",
+    "completion": "3 + 4",
+    "tokens": ["3", "+", "4\n", "<eos>"],
+    "unmask_step": [2, 0, 0, 1],
+    "logp": [0.0, np.log(0.25), np.log(0.5), np.log(0.75)],
+    "edits": [[1, 2, "9", "4\n"]],
+    "sampler": {"block_length": 4},
+}
 
 
-def test_frames_fill_the_canvas_step_by_step() -> None:
-    frames = denoising_frames(WORDS[:4], [2, 0, 0, 1])
-    assert [[cell.text for cell in frame] for frame in frames] == [
-        ["_", "_", "_", "_"],
-        ["_", "+", "4", "_"],
-        ["_", "+", "4", "<eos>"],
-        ["3", "+", "4", "<eos>"],
-    ]
-    assert [cell.state for cell in frames[2]] == ["masked", "filled", "filled", "new"]
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a random model that knows digits, its recipe, and no rollouts."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    tokenizer = word_level([str(digit) for digit in range(10)])
+    shape = {"d_model": 16, "n_layers": 1, "n_heads": 2, "mlp_hidden_size": 24, "max_sequence_length": 32, "init_std": 0.5}
+    ids = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id, "eos_token_id": tokenizer.eos_token_id}
+    network = LLaDA(Config(**shape, **ids)).initialize(torch.Generator().manual_seed(0))
+    checkpoint = folder / "checkpoints" / "step_00001"
+    save_network(network, checkpoint / "hf", tokenizer)
+    write_manifest(checkpoint, {"phase": "online", "step": 1, "wall_s": 0.0})
+    recipe = OmegaConf.structured(Recipe)
+    recipe.sampler.name, recipe.sampler.length, recipe.sampler.steps, recipe.sampler.block_length = "left_to_right", 6, 6, 3
+    recipe.sampler.early_stop, recipe.sampler.temperature = "off", 0.0
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(recipe))
+    return folder
 
 
-def test_a_position_that_was_never_filled_stays_masked() -> None:
-    frames = denoising_frames(["a", "b"], [NEVER, 0], mask="#")
-    assert len(frames) == 2 and frames[-1] == [Cell("#", "masked"), Cell("b", "new")]
+def sample(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["sample", *map(str, arguments)])
 
 
-def test_empty_canvas_has_one_empty_frame() -> None:
-    assert denoising_frames([], []) == [[]]
-
-
-def test_without_a_terminal_each_step_is_a_line() -> None:
+def test_without_a_terminal_the_steps_are_a_table() -> None:
     console = Console(file=io.StringIO(), width=20, force_terminal=False)
-    animate(denoising_frames(["a\n", "[b]"], [0, 1]), console, title="say [a]")
-    assert console.file.getvalue() == "say [a]\nstep   0: _ _\nstep   1: a\\n _\nstep   2: a\\n [b]\n"
+    show_row(ROW, console)
+    assert console.file.getvalue().splitlines() == [
+        "say [b]a[/b]",
+        "step      block     filled  confidence  canvas",
+        "   0        0-3        0/4              _ _ _ _",
+        "   1        0-3        2/4      0.2500  _ + 9 _",
+        "   2        0-3        3/4      0.5000  _ + 4\\n <eos>  [2: 9 -> 4\\n]",
+        "   3        0-3        4/4      1.0000  3 + 4\\n <eos>",
+        "completion: 3 + 4",
+    ]
 
 
-def test_terminal_plays_every_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_plays_every_step_in_the_colour_of_its_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(display, "time", SimpleNamespace(sleep=waits.append))
-    console = Console(file=io.StringIO(), width=60, force_terminal=True, color_system="standard")
-    animate(denoising_frames(WORDS[:4], [2, 0, 0, 1]), console, delay=0.5)
+    console = Console(file=io.StringIO(), width=60, force_terminal=True, color_system="truecolor")
+    show_row(ROW, console, delay=0.5)
     text = console.file.getvalue()
-    assert waits == [0.5] * 4 and "step 3" in text and "\x1b[1;30;42m+" in text
+    assert waits == [0.5] * 4 and "step 3, 3 of 3" in text and "2: 9 \u2192 4\\n" in text
+    # 0.25 lies halfway between the second and the third of seven colours; the active block is underlined.
+    assert re.search(r"\x1b\[1;4;38;2;0;0;0;48;2;248;194;123m\+", text)
 
 
-def test_rollout_is_shown_with_its_text() -> None:
-    console = Console(file=io.StringIO(), width=80, force_terminal=False)
-    show_rollout(rollout(), FakeTokenizer(), "Target: 7", console)
-    lines = console.file.getvalue().splitlines()
-    assert lines[0] == "Target: 7" and lines[4] == "step   3: 3 + 4 <eos>"
-    assert lines[5:] == ["completion: 3+4", "3 denoising steps, 3 forwards, 4 tokens"]
+def test_log_probs_and_forwards_are_those_of_the_chain_rule(run_dir: Path) -> None:
+    """Greedy, from left to right, one token a step: log p is the sum over positions of the model's largest log-prob."""
+    folder = run_dir / "checkpoints" / "step_00001" / "hf"
+    result = sample(folder, "3 1 2")
+    assert result.exit_code == 0, result.output
+    model = rlhub.load_model(folder)
+    tokens, total = [*model.tokenizer("3 1 2")["input_ids"], *[model.mask_id] * 6], 0.0
+    for position in range(3, 9):
+        logits = model.logits([tokens])[0, position]
+        logits[model.mask_id] = -torch.inf
+        total += logits.log_softmax(-1).max().item()
+        tokens[position] = int(logits.argmax())
+    assert f"log-prob at temperature 1: {total:.4f} nats" in result.output
+    assert f"completion: {model.tokenizer.decode(tokens[3:], skip_special_tokens=True)}" in result.output
+    length = next((place + 1 for place, token in enumerate(tokens[3:]) if token == model.eos_id), 6)
+    assert f"6 forwards for {length} tokens" in result.output and "6 of 6 positions filled" in result.output
+    assert "sampler: left_to_right, length 6, steps 6, block_length 3, temperature 0, early_stop off" in result.output
+    assert "exact" in result.output or "multiply" in result.output
 
 
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    recipe = OmegaConf.structured(Recipe)
-    recipe.sampler.length, recipe.sampler.name = 4, "random"
-    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(recipe))
-    (tmp_path / "checkpoints" / "step_00010" / "hf").mkdir(parents=True)
-    return tmp_path
+def test_several_prompts_from_arguments_and_files_get_a_page(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("4 4\n\n5 5 5\n")
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "6"}\n')
+    result = sample(run_dir, "1 2", "7", "--file", tmp_path / "texts.txt", "--html", tmp_path / "t.html", "sampler.name=random", "seed=3")
+    assert result.exit_code == 0, result.output
+    assert [line for line in result.output.splitlines() if re.fullmatch(r"[\d ]+", line)] == ["1 2", "7", "4 4", "5 5 5"]
+    html = (tmp_path / "t.html").read_text()
+    assert "tiny: 4 completions" in html and html.count('"prompt": "') == 4 and '"entropy"' in html
+    assert sample(run_dir, "--file", tmp_path / "chats.jsonl").output.startswith("6\n")
+    again = sample(run_dir, "1 2", "sampler.name=random", "seed=3").output
+    assert again.split("sampler:")[0] == result.output.split("sampler:")[0], "the same seed gives the same completion"
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> dict:
-    """Puts a fake model behind `rlhub.load_model` and `rlhub.generate`; collects what they were asked."""
-    seen: dict = {}
+def test_without_a_prompt_the_newest_logged_one_is_taken(run_dir: Path) -> None:
+    assert "rlhub sample PATH" in sample(run_dir).stderr
+    from tests.unit.test_timeline import rollout
 
-    def load_model(path: Path) -> SimpleNamespace:
-        seen["model"] = path
-        return SimpleNamespace(tokenizer=FakeTokenizer())
-
-    def generate(model: object, prompts: list[str], **options: object) -> list[Rollout]:
-        seen.update(options, prompts=prompts)
-        return [rollout()]
-
-    package, checkpoint = ModuleType("rlhub"), ModuleType("rlhub.checkpoint")
-    package.__path__ = list(sys.modules["rlhub"].__path__)
-    package.load_model, package.generate = load_model, generate
-    checkpoint.resolve_model_path = lambda path: path / "hf"
-    monkeypatch.setitem(sys.modules, "rlhub", package)
-    monkeypatch.setitem(sys.modules, "rlhub.checkpoint", checkpoint)
-    return seen
-
-
-def test_sample_uses_the_sampler_of_the_run(run_dir: Path, asked: dict, capsys: pytest.CaptureFixture) -> None:
-    checkpoint = run_dir / "checkpoints" / "step_00010"
-    show_sample(checkpoint, "Target: 7", ["sampler.temperature=0", "seed=5"])
-    assert asked == {
-        "model": checkpoint / "hf",
-        "prompts": ["Target: 7"],
-        "sampler": "random",
-        "length": 4,
-        "steps": 8,
-        "block_length": 8,
-        "temperature": 0.0,
-        "seed": 5,
-    }
-    assert "completion: 3+4" in capsys.readouterr().out
-
-
-def test_sample_takes_its_prompt_from_the_newest_dump(run_dir: Path, asked: dict) -> None:
-    with pytest.raises(UserError, match="rlhub sample PATH"):
-        show_sample(run_dir)
     for step in (10, 20):
-        dump_rollouts(rollout_path(run_dir, step), step, [rollout()], [(f"prompt of {step}", "3+4")], [WORDS[:4]])
-    show_sample(run_dir)
-    assert asked["prompts"] == ["prompt of 20"]
+        dump_rollouts(rollout_path(run_dir, step), step, [rollout()], [(f"{step // 10} 3", "")], [list("abcdef")])
+    assert sample(run_dir).output.startswith("2 3\n")
 
 
-@pytest.mark.parametrize("override", ["sampler.lenght=3", "sampler.length=many", "speed=2"])
-def test_bad_overrides_are_refused(run_dir: Path, override: str) -> None:
-    with pytest.raises(RecipeError, match=override.split("=")[0].rpartition(".")[2]) as caught:
-        sample_config(run_dir, [override])
-    assert "\n" not in str(caught.value)
+BAD = [
+    (["sampler.lenght=3"], "lenght"),
+    (["sampler.length=many"], "length"),
+    (["speed=2"], "speed"),
+    (["1 2", "sampler.length=7"], "7 is not a multiple of block"),
+    (["--file", "nowhere.txt"], "nowhere.txt"),
+    (["--file", "empty.txt"], "holds no prompts"),
+    (["--file", "bad.jsonl"], 'line 1: expected a JSON object with a prompt, such as {"prompt": "..."}'),
+    (["--file", "number.jsonl"], "line 1: a prompt is text or chat messages, got 3"),
+]
 
 
-def test_defaults_without_a_run() -> None:
-    assert sample_config(None, []).sampler.length == 8
+@pytest.mark.parametrize(("arguments", "wanted"), BAD, ids=lambda value: value[-1] if isinstance(value, list) else "")
+def test_bad_input_ends_in_one_line(
+    run_dir: Path, arguments: list[str], wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("empty.txt", "\n"), ("bad.jsonl", "{}\n"), ("number.jsonl", '{"prompt": 3}\n')):
+        Path(name).write_text(text)
+    result = sample(run_dir, *arguments)
+    assert result.exit_code == 2 and wanted in result.stderr and result.stderr.count("\n") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -199,6 +200,8 @@ def test_samples_carry_steps_rewards_and_status(quick: Path) -> None:
         "reward": 1.0,
         "status": "ok",
         "length": 11,
+        "forwards": 8,
+        "sampler": {},
     }
 
 
@@ -209,7 +212,10 @@ def test_text_of_a_model_cannot_break_the_page(tmp_path: Path) -> None:
     strings[0][0] = "<script>"
     dump_rollouts(rollout_path(run, 10), 10, rollouts, [("</div><script>alert(1)</script>", "")], strings)
     html = write_report([run]).read_text()
-    assert "<script" not in html and "&lt;script&gt;" in html and Page(html).open == []
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", html, re.DOTALL)
+    assert html.count("<script") == len(scripts) == 3 and "<" not in scripts[1], "the player, the samples as data, and what opens them"
+    assert json.loads(scripts[1])[0]["tokens"][0] == "<script>" and "&lt;script&gt;" in html and Page(html).open == []
+    assert len(json.loads(scripts[1])) == html.count('role="button" tabindex="0"') == 1, "each sample opens its timeline"
 
 
 def test_report_compares_groups_over_seeds(tmp_path: Path) -> None:
