@@ -84,6 +84,11 @@ class Algorithm:
         return self.config.behavior == "recompute" and self.config.updates > 1
 
     @property
+    def needs_scorers(self) -> bool:
+        """Whether the reference is a network of its own, rather than the policy without its adapter."""
+        return self.needs_reference and self.config.reference != "adapter_off"
+
+    @property
     def needs_reference(self) -> bool:
         objectives = [self.objective, *(term.objective for term in self.auxiliary)]
         objective_needs = any("reference" in getattr(module, "NEEDS", ()) for module, _ in objectives)

@@ -14,23 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhub.batching import Row, build_views, pack_layout
-from rlhub.checkpoint import load_network, resolve_model_path
+from rlhub.batching import fit_blocks, pack_layout
+from rlhub.checkpoint import resolve_model_path
+from rlhub.checks import check_sampler
 from rlhub.config import SamplerConfig
 from rlhub.errors import UserError
 from rlhub.likelihoods import sequence_draws
+from rlhub.model_files import load_network
 from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.progress import RunProgress
 from rlhub.recipe import load_recipe
 from rlhub.scoring import to_device, token_log_probs
 from rlhub.tokenizers import encode_prompts, load_tokenizer
-from rlhub.types import Batch, Credit, Request, Rollout, Views
+from rlhub.types import Batch, Credit, Request, Rollout
 
 Prompt = str | list[dict[str, str]] | Sequence[int] | np.ndarray  # text, chat messages, or token ids
 
-LIKELIHOOD_VIEWS = ("elbo", "coupled", "exact")
-EXACT_TOKENS = 12  # 2^12 - 1 masks
+LIKELIHOOD_VIEWS = {"elbo": "elbo", "coupled": "coupled", "exact": "all_masks", "chain": "chain"}
 TOKENS_AT_ONCE = 4096  # rows are scored in groups of about this many tokens
 
 
@@ -78,7 +79,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Model:
         torch.Size([1, 3, 32])
     """
     folder = resolve_model_path(Path(path))
-    return Model(load_network(folder), folder, device)
+    return Model(load_network(folder, device=device, progress=True), folder, device)
 
 
 def generate(
@@ -89,8 +90,13 @@ def generate(
     steps: int = 64,
     block_length: int = 32,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    guidance: float = 0.0,
+    cache: str = "exact",
     seed: int = 0,
     progress: bool = False,
+    **options: Any,
 ) -> list[Rollout]:
     """One completion per prompt; `completion_ids` holds its tokens.
 
@@ -100,27 +106,48 @@ def generate(
         prompts: texts, chats, or arrays of token ids, in any mixture.
         length: tokens of the canvas; a multiple of `block_length`.
         steps: denoising steps over the whole canvas; a multiple of the number of blocks.
+        top_k, top_p: draw among the `top_k` most likely tokens (0: all), then among those that together reach `top_p`.
+        guidance: strength of classifier-free guidance by the prompt; 0 is off, anything else doubles the forwards.
+        cache: `prefix` or `dual` reuse keys and values of a bidirectional model: faster, approximate.
         progress: show a bar.
+        options: the sampler's own, such as `threshold=0.9`.
 
     Raises:
         ValueError: the settings do not fit together or a prompt is too long.
     """
+    settings = SamplerConfig(
+        name=sampler,
+        length=length,
+        steps=steps,
+        block_length=block_length,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        guidance=guidance,
+        cache=cache,
+        options=options,
+    )
+    return generate_with(model, prompts, settings, seed, progress)
+
+
+def generate_with(model: Model, prompts: Sequence[Prompt], settings: SamplerConfig, seed: int = 0, progress: bool = False) -> list[Rollout]:
+    """As `generate`, with every setting of a recipe's sampler."""
     from workers.engines.torch_engine import Engine
 
     if isinstance(prompts, str):
         raise UserError("prompts is one text; give a list of prompts")
-    settings = SamplerConfig(name=sampler, length=length, steps=steps, block_length=block_length, temperature=temperature)
+    check_sampler(settings)
     requests = [Request(uid=row, group_uid=row, prompt_ids=ids) for row, ids in enumerate(_prompt_ids(model, prompts))]
     engine = Engine(model.network, model.device)
     done = itertools.count(1)
     with RunProgress(enabled=progress) as bar:
-        bar.phase("generate", total=steps * math.ceil(len(requests) / engine.max_rows))
+        bar.phase("generate", total=settings.steps * math.ceil(len(requests) / engine.max_rows))
         return engine.generate(requests, settings, Noise(seed), on_step=lambda: bar.update(next(done)))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The evidence lower bound of log p(completion | prompt), estimated from draws or exact.
+    """log p(completion | prompt): its evidence lower bound, estimated from draws or exact, or that of one order by the chain rule.
 
     Attributes:
         value: nats, summed over the completion's tokens.
@@ -136,14 +163,24 @@ class Estimate:
 
 
 def log_likelihood(
-    model: Model, prompt: Prompt, completion: str | Sequence[int] | np.ndarray, views: str = "elbo", draws: int = 128, seed: int = 0
+    model: Model,
+    prompt: Prompt,
+    completion: str | Sequence[int] | np.ndarray,
+    views: str = "elbo",
+    draws: int = 128,
+    seed: int = 0,
+    guidance: float = 0.0,
+    order: str = "forward",
 ) -> Estimate:
     """How likely the model finds a completion: its evidence lower bound (LLaDA, arXiv 2502.09992, Eq. 6), in nats.
 
     Args:
         completion: text, or token ids; nothing is added, so an EOS that should count must be in it.
-        views: `elbo` (one forward a draw), `coupled` (a mask and its complement, two forwards a draw, lower variance), or `exact`
-            (all 2^L - 1 masks, for completions of at most 12 tokens).
+        views: `elbo` (one forward a draw), `coupled` (a mask and its complement, two forwards a draw, lower variance), `exact` (all
+            2^L - 1 masks, for at most 12 tokens), or `chain` (revealed one by one, L forwards: no bound but that order's
+            log-likelihood). A block-causal model takes each of its blocks given those before.
+        order: of `chain`: forward, backward or random (a permutation that the seed decides).
+        guidance: w of unsupervised classifier-free guidance in the scored log-probs (SMDM, arXiv 2410.18514, Eq. 7); doubles the forwards.
 
     Raises:
         ValueError: the views are unknown, the completion is empty, too long, or holds the mask token.
@@ -156,18 +193,20 @@ def log_likelihood(
     ids = _completion_ids(model, completion)
     if len(prompt_ids) + len(ids) > model.network.max_length:
         raise UserError(f"{len(prompt_ids)} + {len(ids)} prompt and completion tokens, the model's context is {model.network.max_length}")
-    if views == "exact" and len(ids) > EXACT_TOKENS:
-        raise UserError(f"exact takes all 2^L masks and stops at {EXACT_TOKENS} tokens, the completion has {len(ids)}; use views='elbo'")
-    batch = _one_sample(model, prompt_ids, ids)
-    if views == "exact":
-        rows = _all_masks(batch)
-    else:
-        part = load_part("views", views)
-        credit = Credit(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool))
-        rows = part.make(batch, credit, part.Config(draws=draws), Noise(seed).stream("views"), 0)
-    log_prob = token_log_probs(model.network, rows, TOKENS_AT_ONCE, model.device)
+    if not 0 <= guidance < math.inf:
+        raise UserError(f"guidance must be 0 or more, got {guidance}")
+    batch = fit_blocks(_one_sample(model, prompt_ids, ids), model.network)
+    part = load_part("views", LIKELIHOOD_VIEWS[views])
+    sampled = views in ("elbo", "coupled")
+    credit = Credit(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool))
+    try:
+        options = {"draws": draws} if sampled else {"order": order} if views == "chain" else {}
+        rows = part.make(batch, credit, part.Config(**options), Noise(seed).stream("views"), 0)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    log_prob = token_log_probs(model.network, rows, TOKENS_AT_ONCE, model.device, guidance)
     estimates = sequence_draws(log_prob.double(), rows)[0].numpy()
-    error = 0.0 if views == "exact" else float(estimates.std(ddof=1) / math.sqrt(draws)) if draws > 1 else math.nan
+    error = 0.0 if not sampled else float(estimates.std(ddof=1) / math.sqrt(draws)) if draws > 1 else math.nan
     return Estimate(float(estimates.mean()), error, len(ids), estimates)
 
 
@@ -226,14 +265,3 @@ def _one_sample(model: Model, prompt_ids: np.ndarray, ids: np.ndarray) -> Batch:
         member=first,
         mask_id=model.mask_id,
     )
-
-
-def _all_masks(batch: Batch) -> Views:
-    """Every non-empty mask S with its weight in the ELBO, (|S| - 1)! (L - |S|)! / L!."""
-    length = int(batch.span[0])
-    rows = []
-    for bits in itertools.islice(itertools.product((False, True), repeat=length), 1, None):
-        size = sum(bits)
-        weight = 1 / (size * math.comb(length, size))
-        rows.append(Row(0, 0, np.array(bits), weight))
-    return build_views(batch, rows, num_draws=1)

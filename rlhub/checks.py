@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from rlhub.config import Part, Recipe
+from rlhub.config import Part, Recipe, SamplerConfig
 from rlhub.errors import RecipeError
 from rlhub.parts import KeyedError, did_you_mean, load_part, one_line, part_config, part_names, show
 
@@ -34,8 +34,29 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         KeyedError: the first problem, with the key that it concerns.
     """
-    for check in (_check_choices, _check_ranges, _check_sampler, _check_algorithm, _check_layout, _check_parts, _check_pairs):
+    for check in (
+        _check_choices,
+        _check_ranges,
+        _check_sampler,
+        _check_algorithm,
+        _check_layout,
+        _check_parts,
+        _check_recorded_log_probs,
+        _check_rope,
+        _check_adapters,
+        _check_pairs,
+    ):
         check(recipe)
+
+
+def check_sampler(sampler: SamplerConfig) -> None:
+    """The checks of a sampler's settings on their own, for calls from Python.
+
+    Raises:
+        KeyedError: the first problem; the key begins with `sampler.`.
+    """
+    for check in (_check_choices, _check_ranges, _check_sampler):
+        check(Recipe(sampler=sampler))
 
 
 def check_devices(recipe: Recipe) -> None:
@@ -58,9 +79,12 @@ def check_devices(recipe: Recipe) -> None:
 
 _CHOICES = {
     "run.runtime": ["ray", "local"],
+    "model.attention": ["sdpa", "flex", "flash"],
+    "model.rope.scaling": ["none", "ntk", "diffusion_ntk"],
     "model.dtype": ["float32", "bfloat16"],
     "sampler.early_stop": ["fill_eos", "off"],
     "sampler.eos": ["allow", "last", "never"],
+    "sampler.cache": ["exact", "prefix", "dual"],
     "algorithm.kl.kind": ["k1", "k2", "k3"],
     "algorithm.kl.normalize": ["none", "length"],
     "algorithm.kl.against": ["reference", "behavior"],
@@ -70,12 +94,21 @@ _CHOICES = {
     "pairs.on_bad_pair": ["skip", "error"],
     "learner.backend": ["deepspeed", "torch"],
     "learner.optimizer.schedule": ["constant", "linear", "cosine", "polynomial"],
+    "sft.eos_padding": ["auto", "loss", "first", "none"],
+    "sft.pad_to": ["canvas", "batch"],
+    "sft.masks": ["count", "time"],
+    "sft.packing": ["adaptive", "eod", "direct"],
+    "sft.loss_weight": ["auto", "inverse_t", "cart", "plain"],
+    "sft.normalize": ["answer_length", "batch_tokens", "masked_tokens"],
     "sft.optimizer.schedule": ["constant", "linear", "cosine", "polynomial"],
 }
 _PHASES = ["sft", "online", "pairs"]
 _PHASE_ORDERS = [["sft"], ["online"], ["pairs"], ["sft", "online"], ["sft", "pairs"]]
 _PATTERNS = {
-    "algorithm.reference": (r"none|frozen|sync_every:[1-9]\d*", "none, frozen or sync_every:N, for example sync_every:64"),
+    "algorithm.reference": (
+        r"none|frozen|adapter_off|sync_every:[1-9]\d*",
+        "none, frozen, adapter_off or sync_every:N, for example sync_every:64",
+    ),
     "algorithm.on_invalid": (r"drop_sample|drop_group|value:[-+]?\d*\.?\d+", "drop_sample, drop_group or value:x, for example value:0.0"),
     "run.name": (r"(?!\.)[^/\\]+", "a folder name without slashes; the folder above it is run.output_dir"),
 }
@@ -91,13 +124,21 @@ _AT_LEAST_ONE = [
     *(f"reward_pool.{key}" for key in ("batch_size", "processes", "memory_megabytes")),
 ]
 _AT_LEAST_ZERO = [
-    *("run.seed", "task.state_rewards.every", "sampler.temperature", "algorithm.kl.coefficient", "reward_pool.retries"),
+    *("run.replay_check", "run.seed", "model.lora.rank", "task.state_rewards.every", "algorithm.kl.coefficient", "reward_pool.retries"),
+    *("model.router.load_balance", "model.router.z"),
+    *(f"sampler.{key}" for key in ("temperature", "top_k", "guidance", "cache_refresh")),
     *(f"roles.{key}" for key in ("generators", "scorers", "reward_workers")),
     *(f"roles.gpus_per_{role}" for role in ("generator", "learner", "scorer", "reward_worker")),
     *(f"{owner}.optimizer.{key}" for owner in ("learner", "sft") for key in ("weight_decay", "warmup_steps", "final_fraction")),
 ]
 _POSITIVE = [
-    *("weights.bucket_megabytes", "weights.timeout_seconds", "reward_pool.deadline_seconds", "roles.generate_timeout_seconds"),
+    *(
+        "model.lora.alpha",
+        "weights.bucket_megabytes",
+        "weights.timeout_seconds",
+        "reward_pool.deadline_seconds",
+        "roles.generate_timeout_seconds",
+    ),
     *(f"{owner}.optimizer.{key}" for owner in ("learner", "sft") for key in ("learning_rate", "max_grad_norm")),
 ]
 _GROUP_ADVANTAGES = [
@@ -147,26 +188,61 @@ def _check_ranges(recipe: Recipe) -> None:
         optimizer = attrgetter(f"{owner}.optimizer")(recipe)
         require(f"{owner}.optimizer.betas", all(0 <= beta < 1 for beta in optimizer.betas), "two numbers in [0, 1)")
         require(f"{owner}.optimizer.final_fraction", optimizer.final_fraction <= 1, "at most 1")
+    low, high = recipe.sft.mask_range
+    require("sft.mask_range", 0 <= low < high <= 1, "two numbers that ascend within [0, 1]")
+    require("sft.random_length", 0 <= recipe.sft.random_length <= 1, "a share, 0 to 1")
     fits = [0 <= temperature < float("inf") for temperature in recipe.eval_temperatures]
     require("eval_temperatures", bool(fits) and all(fits), "a list of numbers, each 0 or more")
+    replayed = not recipe.model.router.replay or recipe.algorithm.updates > 1
+    require("model.router.replay", replayed, "false with algorithm.updates=1, as only later updates replay")
     require("run.seed", recipe.run.seed < 1 << 64, "below 2^64")  # the width of a noise key
     require("learner.zero_stage", recipe.learner.zero_stage in (0, 1, 2, 3), "0, 1, 2 or 3")
 
 
 def _check_sampler(recipe: Recipe) -> None:
+    from rlhub.samplers import TRACE
+
     sampler = recipe.sampler
-    length, block, steps = sampler.length, sampler.block_length, sampler.steps
+    length, block = sampler.length, sampler.block_length
     if length % block:
         lengths = _nearest(length, lambda value: value % block == 0)
         blocks = _nearest(block, lambda value: length % value == 0, highest=length)
         fix = f"use length {lengths}, or block_length {blocks}"
         raise KeyedError(f"{length} is not a multiple of block_length {block}; {fix}", "sampler.length")
+    _check_schedule(recipe)
+    if not 0 < sampler.top_p <= 1:
+        raise KeyedError(f"must be above 0 and at most 1, got {sampler.top_p:g}", "sampler.top_p")
+    interval = sampler.guidance_interval
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise KeyedError(f"must be two shares that ascend within [0, 1], got {show(interval)}", "sampler.guidance_interval")
+    if sampler.cache == "exact" and sampler.cache_refresh:
+        raise KeyedError("refreshes an approximate cache, but sampler.cache is exact; use 0", "sampler.cache_refresh")
+    for record in sampler.records:
+        if record not in TRACE:
+            raise KeyedError(f"no such trace field {record!r}{did_you_mean(record, TRACE)}", "sampler.records")
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    """The steps, as the sampler's own schedule takes them; a sampler that cannot be loaded is named by another check."""
+    sampler = recipe.sampler
+    length, block, steps = sampler.length, sampler.block_length, sampler.steps
+    try:
+        module = load_part("samplers", sampler.name)
+        config = part_config(module, sampler.options)
+    except RecipeError:
+        return
     blocks = length // block
-    if steps > length:
+    try:
+        schedule = module.schedule(length, steps, block, config)
+    except ValueError as error:
+        if steps % blocks:
+            wanted = _nearest(steps, lambda value: value % blocks == 0, highest=length)
+            raise KeyedError(
+                f"{steps} is not a multiple of the {blocks} blocks (length / block_length); use {wanted}", "sampler.steps"
+            ) from error
+        raise KeyedError(str(error), "sampler.steps") from error
+    if steps > length and not schedule.transfer[-1]:
         raise KeyedError(f"{steps} steps for a canvas of {length} tokens leave some without a token; use at most {length}", "sampler.steps")
-    if steps % blocks:
-        wanted = _nearest(steps, lambda value: value % blocks == 0, highest=length)
-        raise KeyedError(f"{steps} is not a multiple of the {blocks} blocks (length / block_length); use {wanted}", "sampler.steps")
 
 
 def _check_algorithm(recipe: Recipe) -> None:
@@ -242,6 +318,30 @@ def _check_parts(recipe: Recipe) -> None:
     _check_auxiliary(recipe)
 
 
+def _check_recorded_log_probs(recipe: Recipe) -> None:
+    """`behavior: rollout` takes the log-probs that the sampler recorded for those of the policy that is trained."""
+    from rlhub.samplers import log_probs
+
+    sampler, algorithm = recipe.sampler, recipe.algorithm
+    if algorithm.behavior != "rollout" or "online" not in recipe.run.phases:
+        return
+    module = load_part("samplers", sampler.name)
+    likelihood = algorithm.likelihood["name"]
+    problems = {
+        f"{sampler.name} chooses positions by draws that it does not record": log_probs(module, part_config(module, sampler.options))
+        == "none",
+        "under sampler.eos last positions wait for draws that are not recorded": sampler.eos == "last",
+        f"those of sampler.cache {sampler.cache} are of stale keys and values": sampler.cache != "exact",
+        "those under sampler.guidance are of guided logits": sampler.guidance != 0,
+        f"the likelihood {likelihood} does not score the rollout's own steps": likelihood in ("elbo", "eubo", "by_sign", "mean_field"),
+        "the likelihood trajectory merges steps": bool(algorithm.likelihood.get("merged")),
+        f"the likelihood exact is that of left_to_right, not of {sampler.name}": likelihood == "exact" and sampler.name != "left_to_right",
+    }
+    for problem, applies in problems.items():
+        if applies:
+            raise KeyedError(f"rollout needs exact recorded log-probs, but {problem}; use recompute", "algorithm.behavior")
+
+
 def _check_grader_function(reward: Part) -> None:
     """A reward given as a function, `module:function` or `file.py:function`."""
     from rewards import load_grader
@@ -260,6 +360,7 @@ def _check_needs(recipe: Recipe, name: str, needs: Sequence[str]) -> None:
     if "proximal" in needs and algorithm.behavior == "none":
         raise KeyedError(f"{name} is a ratio to the policy that generated, got none; use recompute", "algorithm.behavior")
     needs_reference = "reference" in needs or (algorithm.kl.coefficient > 0 and algorithm.kl.against == "reference")
+    needs_reference &= algorithm.reference != "adapter_off"  # which the learners hold
     if needs_reference and recipe.roles.scorers == 0 and recipe.run.phases != ["sft"]:
         raise KeyedError("0 scorers, but the objective or the KL needs the reference policy; use at least 1", "roles.scorers")
 
@@ -284,6 +385,30 @@ def _check_auxiliary(recipe: Recipe) -> None:
         except RecipeError as error:
             raise KeyedError(str(error), key) from error
         _check_needs(recipe, term["name"], vars(module).get("NEEDS", ()))
+
+
+def _check_rope(recipe: Recipe) -> None:
+    rope = recipe.model.rope
+    if rope.scaling != "none" and rope.target_length is None:
+        raise KeyedError(f"scaling {rope.scaling} needs the tokens of the longer context", "model.rope.target_length")
+    if rope.scaling == "none" and rope.target_length is not None:
+        raise KeyedError("scaling is none, so there is nothing to reach; use diffusion_ntk", "model.rope.scaling")
+
+
+def _check_adapters(recipe: Recipe) -> None:
+    model, key = recipe.model, "model.adapter"
+    if model.adapter is not None and model.lora.rank:
+        raise KeyedError(f"{model.adapter} brings its own rank, but model.lora.rank is {model.lora.rank}; use 0", key)
+    if model.adapter is not None and model.path is None:
+        raise KeyedError("an adapter needs its base; set model.path", key)
+    if model.adapter is not None and not Path(model.adapter).is_dir():
+        raise KeyedError(f"no folder {model.adapter!r}{_similar_folders(Path(model.adapter))}", key)
+    adapted = model.adapter is not None or model.lora.rank or (model.path and not (Path(model.path) / "config.json").is_file())
+    if recipe.algorithm.reference == "adapter_off" and not adapted:
+        raise KeyedError(
+            "adapter_off is the model without its adapter, but all weights are trained; set model.lora.rank, or use frozen",
+            "algorithm.reference",
+        )
 
 
 def _check_pairs(recipe: Recipe) -> None:

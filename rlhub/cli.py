@@ -15,9 +15,12 @@ import click
 
 from rlhub.bench_cli import bench
 from rlhub.errors import UserError
+from rlhub.lab_cli import lab
+from rlhub.model_cli import model
 from rlhub.reward_cli import reward
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+WIDE = 130  # columns of a table that goes into a file or a pipe
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")  # what tells `sampler.temperature=0` from a prompt
 
 
@@ -60,6 +63,8 @@ def main() -> None:
 
 
 main.add_command(bench)
+main.add_command(model)
+main.add_command(lab)
 main.add_command(reward)
 
 
@@ -95,40 +100,83 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.argument("path", metavar="CHECKPOINT_OR_RUN", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--recipe", "recipe_path", help="Recipe with the task and sampler; a run brings its own.")
+@click.option("--likelihood", "choices", metavar="DATA", help="Multiple-choice data (JSON lines, Parquet or a source), by likelihood.")
+@click.option("--grid", is_flag=True, help="Accuracy against forward passes: every combination of sampler settings KEY=A,B,...")
+@click.option("--out", type=click.Path(path_type=Path), help="File of the results by item (--likelihood) or cell (--grid), continued.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(path: Path, overrides: tuple[str, ...], recipe_path: str | None, as_json: bool) -> None:
-    """Measure accuracy on the held-out problems of a task.
+def evaluate(
+    path: Path, overrides: tuple[str, ...], recipe_path: str | None, choices: str | None, grid: bool, out: Path | None, as_json: bool
+) -> None:
+    """Measure accuracy on the held-out problems of a task, or on multiple-choice data by likelihood.
+
+    With --likelihood, KEY=VALUE are draws, method (monte_carlo or chain), normalize (sum, token or byte), guidance, prompt, choices,
+    answer, template, limit and the others of docs/likelihood_eval.md. With --grid, a table, eval_grid.json and a plot with the Pareto
+    front are made in the run folder; combinations that do not fit are skipped and listed, finished ones are not measured again
+    (docs/rollouts.md).
 
     \b
     Examples:
       rlhub eval runs/sort
       rlhub eval runs/sort/checkpoints/step_00060 task.eval_rows=2048 eval_temperatures=[0.0]
       rlhub eval exported/ --recipe recipes/sort.yaml --json
+      rlhub eval runs/sort --likelihood recipes/data/sort_choices.jsonl draws=128
+      rlhub eval runs/sort --grid sampler.name=low_confidence,random sampler.steps=1,2,4,8
     """
-    from rlhub.evals import evaluate_checkpoint
+    if grid and choices is not None:
+        raise click.UsageError("--grid and --likelihood are two different measurements; give one of them")
+    if out is not None and not grid and choices is None:
+        raise click.UsageError("--out is for --grid and --likelihood; write --json > FILE for the plain evaluation")
+    if grid:
+        _evaluate_grid(path, overrides, recipe_path, out, as_json)
+        return
+    if choices is None:
+        from rlhub.evals import evaluate_checkpoint
 
-    results = evaluate_checkpoint(path, list(overrides), recipe_path)
+        results = evaluate_checkpoint(path, list(overrides), recipe_path)
+    else:
+        results = _evaluate_choices(path, choices, overrides, out)
     if as_json:
         click.echo(json.dumps(results))
     else:
         _print_results(results)
 
 
+def _evaluate_choices(path: Path, data: str, overrides: tuple[str, ...], out: Path | None) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from rich.console import Console
+
+    from rlhub import likelihood_eval
+    from rlhub.parts import part_config
+    from rlhub.progress import RunProgress
+
+    options = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    config = part_config(likelihood_eval, {"path": data, **options})
+    try:
+        with RunProgress(Console(stderr=True)) as progress:
+            return likelihood_eval.evaluate_choices(path, config, out, progress)
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command continues with the items that are left", err=True)
+        sys.exit(INTERRUPTED)
+
+
 @main.command()
 @click.argument("path", metavar="CHECKPOINT_OR_RUN", type=click.Path(path_type=Path))
-@click.argument("rest", nargs=-1, metavar="[PROMPT] [KEY=VALUE]...")
-def sample(path: Path, rest: tuple[str, ...]) -> None:
-    """Generate one completion and show how it is denoised.
+@click.argument("rest", nargs=-1, metavar="[PROMPT]... [KEY=VALUE]...")
+@click.option("--file", type=click.Path(path_type=Path, dir_okay=False), help="More prompts: a line each, or the `prompt` of JSON lines.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write a page with a timeline of each completion.")
+def sample(path: Path, rest: tuple[str, ...], file: Path | None, html: Path | None) -> None:
+    """Generate a completion for each PROMPT and show how it is denoised. Without one, the first logged prompt of the run is taken.
 
     \b
     Examples:
       rlhub sample runs/sort
       rlhub sample runs/sort "3 1 4 1 5 9 2 6" sampler.temperature=0 delay=0.5
+      rlhub sample runs/sort --file prompts.txt --html timeline.html sampler.name=threshold
     """
-    prompt, overrides = split_prompt(rest)
+    prompts, overrides = split_prompts(rest)
     from rlhub.display import show_sample
 
-    show_sample(path, prompt, overrides)
+    show_sample(path, prompts, overrides, file, html)
 
 
 @main.command()
@@ -177,16 +225,18 @@ def pairs(path: Path, overrides: tuple[str, ...], out: Path, prompts: int, recip
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-def export(run: Path, out: Path) -> None:
-    """Copy the last model of RUN to the folder OUT, in the Hugging Face layout of its family.
+@click.option("--adapter-only", is_flag=True, help="Write the adapter in PEFT's layout instead of merging it into its base.")
+def export(run: Path, out: Path, adapter_only: bool) -> None:
+    """Write the last model of RUN to the folder OUT, in the Hugging Face layout of its family; an adapter is merged into its base.
 
     \b
     Examples:
       rlhub export runs/sort exported/sort
+      rlhub export runs/sort_lora exported/adapter --adapter-only
     """
     from rlhub.checkpoint import export as export_model
 
-    click.echo(export_model(run, out))
+    click.echo(export_model(run, out, adapter_only))
 
 
 @main.command()
@@ -226,16 +276,27 @@ def experiment(path: Path, output: Path | None) -> None:
     click.echo(run_experiment(path, output))
 
 
-def split_prompt(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The prompt, if there is one, and the overrides.
+def split_prompts(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The prompts and the overrides.
 
-    >>> split_prompt(["3 + 4 = 7", "seed=3"])
-    ('3 + 4 = 7', ['seed=3'])
+    >>> split_prompts(["3 + 4 = 7", "seed=3"])
+    (['3 + 4 = 7'], ['seed=3'])
     """
-    prompts = [text for text in arguments if not OVERRIDE.match(text)]
-    if len(prompts) > 1:
-        raise click.UsageError(f"expected one prompt, got {len(prompts)}: {shlex.join(prompts)}; put it in quotes")
-    return (prompts[0] if prompts else None), [text for text in arguments if OVERRIDE.match(text)]
+    return [text for text in arguments if not OVERRIDE.match(text)], [text for text in arguments if OVERRIDE.match(text)]
+
+
+def _evaluate_grid(path: Path, arguments: Sequence[str], recipe_path: str | None, out: Path | None, as_json: bool) -> None:
+    from rich.console import Console
+
+    from rlhub.eval_grid import grid_view, run_grid
+
+    grid = run_grid(path, arguments, recipe_path, out, Console(stderr=as_json))
+    if as_json:
+        skipped = [{"values": values, "reason": reason} for values, reason in grid.skipped]
+        click.echo(json.dumps({"cells": grid.results, "skipped": skipped}))
+    else:
+        console = Console()
+        (console if console.is_terminal else Console(width=WIDE)).print(grid_view(grid))
 
 
 def _print_results(results: dict[str, Any]) -> None:

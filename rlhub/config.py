@@ -19,6 +19,7 @@ class RunConfig:
     checkpoint_every: int = 10
     keep_checkpoints: int = 2  # newest ones kept beside the last of each phase
     rollouts_every: int = 10  # steps between dumps of generated samples
+    replay_check: int = 1  # rollouts of a step whose recorded log-probs the learner recomputes before it trains (rlhub.replay); 0: off
     resume: bool = True  # continue when the run folder exists
     deterministic: bool = True  # fixed threads, batches in uid order
     trackers: list[str] = field(default_factory=list)  # beside metrics.jsonl: tensorboard
@@ -27,11 +28,41 @@ class RunConfig:
 
 
 @dataclass
+class RouterConfig:
+    """Training of a mixture of experts (`rlhub.routing`); dense models have no routers and ignore it."""
+
+    load_balance: float = 0.01  # weight of the load-balance term in the loss of every algorithm; 0: off
+    z: float = 0.001  # weight of the z term
+    freeze: bool = False  # do not train the routers; the two terms are then left out
+    replay: bool = False  # later inner updates use the experts that the weights which began the batch chose for the same views
+    statistics: bool = True  # router/... metrics
+
+
+@dataclass
+class LoRAConfig:
+    rank: int = 0  # of the adapters, which are trained instead of the weights; 0: off
+    alpha: float = 32.0  # an adapter's product counts alpha / rank
+    targets: str = "auto"  # auto: where the family's profile puts adapters; else a regular expression over names of linear layers
+
+
+@dataclass
+class RopeConfig:
+    scaling: str = "none"  # none | ntk | diffusion_ntk: enlarge the rotary base for a longer context (rlhub.models.rope)
+    target_length: int | None = None  # tokens of the longer context
+    trained_length: int | None = None  # tokens of the context that the model was trained on; None: its config's
+
+
+@dataclass
 class ModelConfig:
     path: str | None = None  # checkpoint folder in the family's Hugging Face layout; None builds `family` from `config` at random
     family: str = "llada"
     config: dict[str, Any] = field(default_factory=dict)  # fields of the family's published config.json
     dtype: str = "float32"
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    attention: str = "sdpa"  # backend: sdpa | flex (no masks in memory, for GPUs) | flash (the flash-attn package, full attention on GPUs)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    adapter: str | None = None  # folder of an adapter of the model, in PEFT's layout, to train further
+    router: RouterConfig = field(default_factory=RouterConfig)
 
 
 @dataclass
@@ -58,8 +89,15 @@ class SamplerConfig:
     steps: int = 8  # denoising steps over the whole canvas
     block_length: int = 8
     temperature: float = 1.0
+    top_k: int = 0  # draw among the k most likely tokens; 0: all
+    top_p: float = 1.0  # then among the most likely ones that together reach this share; 1: all
     early_stop: str = "fill_eos"  # fill_eos: rows stop once a finished block holds EOS, the rest becomes EOS; off: every block is denoised
     eos: str = "allow"  # allow; last: an EOS is committed only when nothing else is left in the block; never: EOS is not sampled
+    guidance: float = 0.0  # w of unsupervised classifier-free guidance, un + (w + 1) (cond - un) where un hides the prompt; 0: off
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # guide while this share of the canvas is masked
+    cache: str = "exact"  # exact | prefix | dual; the last two reuse stale keys and values of a bidirectional model: approximate
+    cache_refresh: int = 0  # steps between refreshes of an approximate cache within a block; 0: at the start of each block
+    records: list[str] = field(default_factory=list)  # trace fields beyond the usual: entropy, order, predictions, edits, fallback
     options: dict[str, Any] = field(default_factory=dict)  # fields of the module's Config
 
 
@@ -121,6 +159,19 @@ class SFTConfig:
     batch_size: int = 128
     draws: int = 1
     eval_every: int = 200
+    # Tokens after the first EOS. loss: pad with EOS and count it | first: only the first EOS counts | none: no EOS |
+    # auto: as algorithm.length counts (canvas: loss, response: first)
+    eos_padding: str = "auto"
+    pad_to: str = "canvas"  # with eos_padding loss: sampler.length, or batch: the longest response of the batch (LLaDA)
+    masks: str = "count"  # count: l ~ U{1..L} hidden tokens | time: each with probability t, as LLaDA's code; same mean, more variance
+    mask_range: tuple[float, float] = (0.0, 1.0)  # of noise levels; LLaDA2 trains on (0.3, 0.8)
+    loss_weight: str = "auto"  # inverse_t | cart | plain | auto: the model family's
+    normalize: str = "answer_length"  # each answer by its length | batch_tokens: by all answer tokens | masked_tokens: by the hidden ones
+    mask_prompt: bool = False  # hide and learn prompt tokens too (SMDM's reverse-curse training)
+    # Task documents: rows of sampler.length tokens. adaptive: documents of a row do not see each other | eod: an EOS after each document,
+    # full attention | direct: nothing between them
+    packing: str = "adaptive"
+    random_length: float = 0.0  # share of batches whose answers are cut to a common random length; LLaDA's pretraining: 0.01
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=50, schedule="cosine", final_fraction=0.05

@@ -16,29 +16,23 @@ its last checkpoint as if nothing had happened.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from rlhub.batching import make_batch
-from rlhub.config import AlgorithmConfig
 from rlhub.health import rollout_metrics
+from rlhub.packing import pack_documents
 from rlhub.pair_reference import open_reference
 from rlhub.pairs import PairOrder, pair_order
 from rlhub.pipeline import ONLINE, demonstration_batch, generate, grade, grade_states, issue, shuffle_grades
 from rlhub.run_state import Session
+from rlhub.sft import cut_at_random, family_weight, supervised_algorithm, supervised_batch
 from rlhub.types import Batch
 
 
 def run_sft(session: Session) -> None:
-    """Supervised training on demonstrations: the ELBO of each completion per token, through the same learner as everything else."""
+    """Supervised training on demonstrations or documents, by default on the ELBO per token, through the same learner as everything else."""
     recipe, crew = session.recipe, session.crew
     config = recipe.sft
-    algorithm = AlgorithmConfig(
-        advantage={"name": "constant"},
-        views={"name": "elbo", "draws": config.draws},
-        likelihood={"name": "elbo"},
-        objective={"name": "weighted_likelihood"},
-        behavior="none",
-    )
+    algorithm = supervised_algorithm(config, family_weight(session.model_path))
     session.begin("sft", algorithm, config.optimizer, config.steps)
     demonstrations, upcoming = _demonstrations(session), None
     for step in session.steps("sft", config.steps, config.eval_every):
@@ -52,16 +46,22 @@ def run_sft(session: Session) -> None:
 
 
 def _demonstrations(session: Session) -> Callable[[int], Batch]:
-    """The supervised batch of a step: of preference data the chosen responses that fit, of other tasks their demonstrations."""
-    recipe = session.recipe
+    """The supervised batch of a step: packed documents, of preference data the chosen responses that fit, else demonstrations."""
+    recipe, eos_id = session.recipe, session.tokenizer.eos_token_id
+    config, canvas = recipe.sft, recipe.sampler.length
+    if recipe.task.name == "documents":
+        packed = pack_documents(session.train_task, session.tokenizer, config.packing, canvas, session.noise)
+        return lambda step: cut_at_random(packed.batch(step, config.batch_size), config.random_length, session.noise, step)
     if recipe.task.name != "preferences":
-        return partial(demonstration_batch, session.train_task, session.tokenizer, recipe)
+        return lambda step: supervised_batch(
+            demonstration_batch(session.train_task, session.tokenizer, recipe, step), config, eos_id, canvas, session.noise, step
+        )
     good = session.pairs.train.demonstrations()
-    order = PairOrder(len(good), recipe.sft.batch_size, 0, session.noise)
+    order = PairOrder(len(good), config.batch_size, 0, session.noise)
 
     def batch(step: int) -> Batch:
         epoch, which = order.step(step)
-        return good.batch(which, epoch)
+        return supervised_batch(good.batch(which, epoch), config, eos_id, canvas, session.noise, step)
 
     return batch
 
@@ -116,9 +116,11 @@ def run_online(session: Session) -> None:
                 count = len(crew.scorers)
                 reference = [crew.runtime.submit(scorer, *ask, index, count) for index, scorer in enumerate(crew.scorers)]
                 crew.collect(reference)
+        with session.span("replay"):
+            replayed = session.check_replay(step, rollouts)
         with session.span("learn"):
             metrics = crew.learn("step", batch, views, *reference)
         with session.span("sync"):
             session.publish(step)
-        session.finish_step(metrics | rollout_metrics(rollouts, session.tokenizer.eos_token_id), num_samples=len(rollouts))
+        session.finish_step(metrics | replayed | rollout_metrics(rollouts, session.tokenizer.eos_token_id), num_samples=len(rollouts))
         session.keep_rollouts(step, issued, rollouts, texts)

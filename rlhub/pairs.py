@@ -321,7 +321,9 @@ def evaluate_pairs(crew: Any, recipe: Recipe, held_out: Pairs, margins: bool, ha
     pieces = np.array_split(np.arange(count), -(-count // PIECE))
     batches = [held_out.batch(piece) for piece in pieces]
     reference = None
-    if margins and has_reference:
+    if margins and recipe.algorithm.reference == "adapter_off":
+        reference = torch.cat([crew.learn("estimate", algorithm, batch, True).value for batch in batches])
+    elif margins and has_reference:
         futures = [
             crew.runtime.submit(crew.scorers[index % len(crew.scorers)], "estimate", algorithm, recipe.run.seed, batch)
             for index, batch in enumerate(batches)

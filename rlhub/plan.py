@@ -5,7 +5,6 @@ Needs no Ray, DeepSpeed or GPU: the network is built on torch's meta device, wit
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -16,8 +15,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from rlhub.config import ModelConfig, Recipe
+from rlhub.config import ModelConfig, Recipe, SamplerConfig
 from rlhub.errors import RecipeError
+from rlhub.memory import Memory, serving_memory, training_memory
 from rlhub.recipe import dump_recipe
 
 if TYPE_CHECKING:
@@ -93,21 +93,6 @@ class RolePlan:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Estimated bytes of one process of a role."""
-
-    role: str
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-@dataclass(frozen=True)
 class Plan:
     recipe: Recipe
     parameters: int
@@ -138,15 +123,16 @@ def make_plan(recipe: Recipe) -> Plan:
 
     algorithm = Algorithm.compose(recipe.algorithm)
     absent = _absent_data(recipe)
-    tokenizer = None if absent and recipe.task.name == "preferences" and recipe.model.path is None else _tokenizer(recipe)
+    is_task = recipe.task.name in ("preferences", "documents")
+    tokenizer = None if absent and is_task and recipe.model.path is None else _tokenizer(recipe)
     network = meta_network(recipe.model, tokenizer and len(tokenizer))
-    notes = [f"{absent} is not there yet: sizes of the preference data are unknown; download or make it before training"] if absent else []
-    if absent and recipe.task.name == "preferences":
+    notes = [f"{absent} is not there yet: sizes of the data are unknown; download or make it before training"] if absent else []
+    if absent and is_task:
         prompts = Prompts(0.0, 0, True)
     else:
         prompts, more = _read_prompts(recipe, tokenizer)
         notes += more
-    if recipe.task.reward["name"] != "none":
+    if recipe.task.reward["name"] != "none" or recipe.task.name == "documents":
         _check_fit(recipe, prompts, network, tokenizer)
     pairs = _pairs(recipe, algorithm, tokenizer, network.max_length, absent) if "pairs" in recipe.run.phases else None
     batch = _batch(recipe, algorithm, prompts, pairs)
@@ -163,7 +149,12 @@ def make_plan(recipe: Recipe) -> Plan:
         optimizer_steps=_optimizer_steps(recipe),
         roles=_roles(recipe),
         memory=_memory(recipe, network, batch, pairs),
-        notes=[*notes, *_notes(recipe, batch, algorithm.needs_reference)],
+        notes=[
+            *notes,
+            *_sampler_notes(recipe),
+            *_block_notes(recipe, network, algorithm),
+            *_notes(recipe, batch, algorithm.needs_reference),
+        ],
         pairs=pairs,
     )
 
@@ -176,18 +167,20 @@ def meta_network(model: ModelConfig, vocab_size: int | None = None) -> nn.Module
     """
     import torch
 
-    from rlhub.checkpoint import family_of, resolve_model_path
+    from rlhub.checkpoint import resolve_model_path
+    from rlhub.model_files import empty_network, family_of, published_config
+    from rlhub.models.rope import extend
     from rlhub.parts import load_part, part_config
 
     if model.path and Path(model.path).is_dir():
-        published = json.loads((resolve_model_path(Path(model.path)) / "config.json").read_text(encoding="utf-8"))
-        family = family_of(published)
-        config = family.Config.from_published(published)
+        folder = resolve_model_path(Path(model.path))
+        config = empty_network(published_config(folder), str(folder)).config
+        family = family_of(config.to_published())
     else:
         family = load_part("models", model.family)
         config = part_config(family, model.config | ({"vocab_size": vocab_size} if vocab_size and not model.path else {}))
     with torch.device("meta"):
-        return family.build(config)
+        return family.build(extend(config, model.rope))
 
 
 def format_plan(plan: Plan) -> str:
@@ -233,6 +226,9 @@ def _read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None) -> 
     train, test = load_task(task.name, task.train, "train", recipe.run.seed), evaluation_task(recipe)
     if test.size is not None and test.size < task.eval_rows:
         notes.append(f"task.eval_rows is {task.eval_rows} but the test split has {test.size} problems: evaluations use those")
+    if task.name == "documents":
+        notes.append(f"{train.description}, packed {recipe.sft.packing} into rows of sampler.length tokens")
+        return Prompts(0.0, 0, tokenizer is None), notes
     texts = [train.example(index).prompt for index in range(min(PROMPTS_READ, train.size or PROMPTS_READ))]
     if tokenizer is None:
         notes.append(f"prompt tokens are estimated from characters: there is no tokenizer.json in {recipe.model.path} yet")
@@ -243,9 +239,14 @@ def _read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None) -> 
 
 
 def _absent_data(recipe: Recipe) -> str | None:
-    """The file with the preference data when it is one that does not exist yet."""
+    """The file or folder with the preference data or the documents when it does not exist yet."""
+    from rlhub.data.documents import TEXT
     from rlhub.data.jsonl import JSON_LINES, PARQUET
     from rlhub.pairs import source_config
+
+    if recipe.task.name == "documents":
+        path = recipe.task.train.get("path", "")
+        return path if path.endswith((*JSON_LINES, *PARQUET, *TEXT, "/")) and not Path(path).exists() else None
 
     if "pairs" not in recipe.run.phases and recipe.task.name != "preferences":
         return None
@@ -292,6 +293,8 @@ def _pairs(recipe: Recipe, algorithm: Algorithm, tokenizer: Any, context: int, a
 
 def _check_fit(recipe: Recipe, prompts: Prompts, network: nn.Module, tokenizer: PreTrainedTokenizerFast | None) -> None:
     """Raises RecipeError when prompts, canvas, vocabulary and micro-batches do not fit the model and each other."""
+    from rlhub.samplers import check_attention
+
     longest, held = prompts.longest + recipe.sampler.length, recipe.learner.micro_batch_tokens
     if tokenizer and len(tokenizer) > network.vocab_size:
         raise RecipeError(
@@ -299,6 +302,10 @@ def _check_fit(recipe: Recipe, prompts: Prompts, network: nn.Module, tokenizer: 
         )
     if longest > network.max_length:
         raise RecipeError(f"sampler.length: prompt and canvas need {longest} positions but the model has {network.max_length}; shorten it")
+    try:
+        check_attention(recipe.sampler, network.profile)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     if longest > held:
         raise RecipeError(f"learner.micro_batch_tokens: {held} cannot hold one row of {longest} tokens; use at least {longest}")
 
@@ -374,29 +381,46 @@ def _roles(recipe: Recipe) -> list[RolePlan]:
 
 def _memory(recipe: Recipe, network: nn.Module, batch: BatchPlan, pairs: PairsPlan | None) -> list[Memory]:
     """Bytes of one process of each role that holds the model; activations are a rough upper estimate."""
-    from torch import nn
+    from rlhub.lora import adapter_size
 
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    size = BYTES[recipe.model.dtype]
-    stage = recipe.learner.zero_stage if recipe.learner.backend == "deepspeed" else 0
-    learners = recipe.roles.learners
-    embeddings = max(module.num_embeddings for module in network.modules() if isinstance(module, nn.Embedding))
-    widths = [m.in_features + m.out_features for m in network.modules() if isinstance(m, nn.Linear) and m.out_features != embeddings]
-    tokens = min(recipe.learner.micro_batch_tokens, batch.rows_per_micro_batch * batch.row_tokens)
-    scored = pairs.response_tokens if pairs else recipe.sampler.length
-    logits = 8 * tokens * scored // batch.row_tokens * network.vocab_size  # float32, with their log-softmax
-    scoring = logits + 2 * tokens * max(widths) * size
-    master = 4 if size < 4 else 0  # float32 copy of low-precision weights
-    learner = Memory(
-        "learner",
-        weights=parameters * size // (learners if stage >= 3 else 1),
-        gradients=parameters * size // (learners if stage >= 2 else 1),
-        optimizer=parameters * (8 + master) // (learners if stage >= 1 else 1),
-        activations=logits + logits // 2 + tokens * sum(widths) * size,
-    )
-    generator = Memory("generator", parameters * size, 0, 0, scoring)
-    scorer = Memory("scorer", parameters * size, 0, 0, scoring)
-    return [*([generator] if recipe.roles.generators else []), learner, *([scorer] if recipe.roles.scorers else [])]
+    size, learner = BYTES[recipe.model.dtype], recipe.learner
+    tokens = min(learner.micro_batch_tokens, batch.rows_per_micro_batch * batch.row_tokens)
+    scored = tokens * (pairs.response_tokens if pairs else recipe.sampler.length) // batch.row_tokens
+    stage = learner.zero_stage if learner.backend == "deepspeed" else 0
+    trained = adapter_size(network, recipe.model.lora.rank, recipe.model.lora.targets) if recipe.model.lora.rank else None
+    roles = [training_memory("learner", network, size, tokens, scored, stage, recipe.roles.learners, trained)]
+    if recipe.roles.generators:
+        roles.insert(0, serving_memory("generator", network, size, tokens, scored))
+    if recipe.roles.scorers:
+        roles.append(serving_memory("scorer", network, size, tokens, scored))
+    return roles
+
+
+def _block_notes(recipe: Recipe, network: nn.Module, algorithm: Algorithm) -> list[str]:
+    """What a block-causal model makes of the views."""
+    from rlhub.views import EXACT_ON_BLOCKS
+
+    profile = network.profile
+    if profile.attention != "block_causal":
+        return []
+    name = recipe.algorithm.views["name"]
+    notes = [f"the model is block-causal, blocks of {profile.block_length}: rows of an ELBO hold a clean copy of earlier blocks too"]
+    if name not in EXACT_ON_BLOCKS and recipe.run.phases != ["sft"]:
+        notes.append(
+            f"the views {name} mask all blocks at once, but the model generates each after finished ones: the likelihood is a proxy; "
+            f"{', '.join(EXACT_ON_BLOCKS)} are none"
+        )
+    return notes
+
+
+def _sampler_notes(recipe: Recipe) -> list[str]:
+    cache = recipe.sampler.cache
+    if cache == "exact" or "online" not in recipe.run.phases:
+        return []
+    return [
+        f"sampler.cache {cache} is approximate: rollouts come from another policy than the one that is trained, and objectives that need "
+        "its exact log-probs are biased; workers.engines.agreement measures by how much"
+    ]
 
 
 def _notes(recipe: Recipe, batch: BatchPlan, needs_reference: bool) -> list[str]:
@@ -451,11 +475,28 @@ def _batch_table(plan: Plan) -> Table:
         most_tokens = f"{plan.prompts.longest} at most in {PROMPTS_READ} prompts"
         table.add_row("prompt tokens", f"{about}{plan.prompts.mean:.0f} on average, {most_tokens}")
     table.add_row("row", f"{batch.row_tokens} tokens" + ("" if plan.pairs else f", canvas of {recipe.sampler.length}"))
+    if "online" in recipe.run.phases:
+        table.add_row("sampler", sampler_text(recipe.sampler))
     table.add_row("rows per sequence", f"{batch.rows_per_sequence} ({recipe.algorithm.views['name']})")
     table.add_row("micro-batches per update", f"{batch.micro_batches_per_update} of {batch.rows_per_micro_batch} rows on each learner")
     table.add_row("optimizer steps", ", ".join(f"{phase} {steps:,}" for phase, steps in plan.optimizer_steps.items()))
     table.add_row("parameters", f"{plan.parameters:,} in {recipe.model.dtype}")
     return table
+
+
+def sampler_text(sampler: SamplerConfig) -> str:
+    """A sampler, the trace fields that it records beside the usual ones, and what its log-probs mean."""
+    from rlhub.parts import load_part, part_config
+    from rlhub.samplers import log_probs
+
+    module = load_part("samplers", sampler.name)
+    records = sorted({*sampler.records, *module.RECORDS})
+    meaning = {
+        "exact": "log-probs are exact",
+        "given_order": "log-probs are exact given the order, which does not depend on the model",
+        "none": "log-probs of the rollout are not known",
+    }[log_probs(module, part_config(module, sampler.options), sampler.eos)]
+    return f"{sampler.name}, records {', '.join(['unmask_step', 'logp', *records])}; {meaning}"
 
 
 def _forward_table(plan: Plan) -> Table:

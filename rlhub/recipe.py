@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -23,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhub.checks import PARTS, check_recipe
 from rlhub.config import Recipe
 from rlhub.errors import RecipeError
-from rlhub.parts import KeyedError, assign, did_you_mean, flatten, one_line, show
+from rlhub.parts import KeyedError, assign, did_you_mean, flatten, one_line, part_config, show
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -56,6 +57,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise _located(KeyedError(f"{one_line(error)}; write a plain value", error.full_key or ""), origins) from error
     validate(recipe, origins)
     return recipe
+
+
+def load_options(module: ModuleType, path: Path | None, overrides: Sequence[str] = ()) -> Any:
+    """The `Config` of a module from the keys of a YAML file, if there is one, and `key=value` overrides.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    layers = [*([_read_layer(path, "")] if path else []), _override_layer(overrides)]
+    origins = {key: origin for layer in layers for key, origin in layer.origins.items()}
+    try:
+        return part_config(module, {key: value for layer in layers for key, value in layer.values})
+    except KeyedError as error:
+        raise _located(error, origins) from error
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:

@@ -25,6 +25,7 @@ import torch
 
 from rlhub.algorithm import Algorithm
 from rlhub.errors import CheckpointError
+from rlhub.lora import base_folder, is_adapter_folder
 from rlhub.metrics import replace_text
 from rlhub.pairs import PairOrder, Pairs
 from rlhub.types import Batch, LogLikelihood
@@ -63,9 +64,13 @@ def cache_key(
 
 
 def weights_hash(model_path: Path) -> str:
-    """blake2b in hex over the weights and config.json of a model folder."""
+    """blake2b in hex over the weights and config.json of a model folder; of an adapter's folder, over its base too."""
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted([*model_path.glob("*.safetensors"), model_path / "config.json"]):
+    config = model_path / "config.json"
+    if is_adapter_folder(model_path):
+        config = model_path / "adapter_config.json"
+        digest.update(weights_hash(base_folder(model_path)).encode())
+    for file in sorted([*model_path.glob("*.safetensors"), config]):
         with file.open("rb") as handle:
             digest.update(file.name.encode() + hashlib.file_digest(handle, "blake2b").digest())
     return digest.hexdigest()

@@ -13,13 +13,16 @@ import torch
 from rich.console import Console
 
 from rlhub import controller
-from rlhub.checkpoint import family_of, resolve_model_path, save_network, sealed_checkpoints
+from rlhub.checkpoint import resolve_model_path, sealed_checkpoints
 from rlhub.checks import check_devices
-from rlhub.config import Recipe
+from rlhub.config import Recipe, RopeConfig
 from rlhub.data import load_task, task_tokenizer
 from rlhub.errors import CheckpointError, RecipeError, UserError, WorkerLost
 from rlhub.evals import evaluation_task, shared_prompts
+from rlhub.lora import is_adapter_folder, rebase_adapter, write_fresh_adapter
 from rlhub.metrics import read_metrics, replace_text, summarize
+from rlhub.model_files import empty_network, family_of, is_model_folder, published_config, save_network
+from rlhub.models.rope import extend
 from rlhub.noise import Noise
 from rlhub.pairs import load_pairs, report_bad
 from rlhub.parts import load_part
@@ -141,7 +144,8 @@ def _open_folder(recipe: Recipe, folder: Path) -> bool:
     (folder / "logs").mkdir(exist_ok=True)
     replace_text(folder / "plan.txt", format_plan(plan) + "\n")
     replace_text(folder / "plan.json", json.dumps(plan.to_dict(), indent=2) + "\n")
-    shutil.rmtree(folder / "first_model", ignore_errors=True)
+    for name in ("first_model", "first_adapter"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     return False
 
 
@@ -155,11 +159,34 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
 
 
 def _first_model(recipe: Recipe, folder: Path) -> Path:
-    """The model folder that the run starts from; a random model with the task's tokenizer when the recipe names none."""
-    if recipe.model.path is not None:
+    """The model folder that the run starts from; with adapters, that of the first one, which names its base."""
+    base, path, model = _first_base(recipe, folder), folder / "first_adapter", recipe.model
+    if model.adapter is None and model.lora.rank == 0:
+        return base
+    if is_model_folder(path):
+        return path
+    tokenizer = load_tokenizer(str(base))
+    if model.adapter is not None:
+        adapter = resolve_model_path(Path(model.adapter).resolve())
+        if not is_adapter_folder(adapter):
+            raise RecipeError(f"model.adapter: {adapter} holds no adapter_config.json; give an adapter's folder, or model.path alone")
+        rebase_adapter(adapter, base, path, tokenizer)
+    else:
+        seed = int(Noise(recipe.run.seed).generator("adapter").integers(2**62))
+        lora, generator = model.lora, torch.Generator().manual_seed(seed)
+        write_fresh_adapter(base, path, lora.rank, lora.alpha, lora.targets, generator, tokenizer)
+    return path
+
+
+def _first_base(recipe: Recipe, folder: Path) -> Path:
+    """The model that the recipe names, or a random one with the task's tokenizer when it names none."""
+    path, rope = folder / "first_model", recipe.model.rope
+    if recipe.model.path is not None and rope.scaling == "none":
         return resolve_model_path(Path(recipe.model.path).resolve())
-    path = folder / "first_model"
-    if (path / "config.json").exists():
+    if is_model_folder(path):
+        return path
+    if recipe.model.path is not None:
+        _extend_context(resolve_model_path(Path(recipe.model.path).resolve()), path, rope)
         return path
     tokenizer = task_tokenizer(recipe.task.name, recipe.task.train)
     if tokenizer is None:
@@ -171,19 +198,31 @@ def _first_model(recipe: Recipe, folder: Path) -> Path:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    network = family.build(family.Config.from_published({**recipe.model.config, **vocabulary}))
+    network = family.build(extend(family.Config.from_published({**recipe.model.config, **vocabulary}), rope))
     seed = int(Noise(recipe.run.seed).generator("initialize").integers(2**62))
     network.initialize(torch.Generator().manual_seed(seed))
     save_network(network, path, tokenizer)
     return path
 
 
+def _extend_context(base: Path, path: Path, rope: RopeConfig) -> None:
+    """Make `path` the same model with another rotary base and context in its config.json, and links to all else."""
+    if is_adapter_folder(base):
+        raise RecipeError(f"model.rope: {base} is an adapter, whose base keeps its context; export it with rlhub export, then use that")
+    published = published_config(base)
+    config = extend(family_of(published).Config.from_published(published), rope).to_published()
+    path.mkdir(parents=True, exist_ok=True)
+    for file in base.iterdir():
+        if file.is_file() and file.name != "config.json" and not (path / file.name).is_symlink():
+            (path / file.name).symlink_to(file.resolve())
+    replace_text(path / "config.json", json.dumps(published | config, indent=2) + "\n")
+
+
 def _context(model_path: Path, tokenizer: Any) -> int:
     """The longest row of tokens that the model takes, after checking that it can mask."""
-    config = json.loads((model_path / "config.json").read_text())
     if tokenizer.mask_token_id is None:
         raise CheckpointError(f"the tokenizer in {model_path} has no mask token; set mask_token in tokenizer_config.json")
-    return family_of(config).Config.from_published(config).max_sequence_length
+    return empty_network(published_config(model_path), str(model_path)).max_length
 
 
 def _check_held_out(train_task: Any, eval_task: Any, console: Console) -> None:

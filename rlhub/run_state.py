@@ -22,10 +22,12 @@ from rlhub.errors import UserError
 from rlhub.evals import evaluate
 from rlhub.metrics import SpanClock, busy_union, idle_share
 from rlhub.noise import Noise
+from rlhub.packing import evaluate_documents
 from rlhub.pairs import PairData, evaluate_pairs
 from rlhub.pipeline import Issued
 from rlhub.progress import RunProgress
-from rlhub.rollout_log import dump_rollouts, rollout_path, token_strings
+from rlhub.replay import TOLERANCE, choose_rollouts, gap_warning
+from rlhub.rollout_log import dump_rollouts, rollout_path, token_namer, token_strings
 from rlhub.trackers import Trackers
 from rlhub.types import Rollout
 
@@ -74,7 +76,7 @@ class Session:
     pairs: PairData | None = None  # preference data, where the recipe has some
     noise: Noise = field(init=False)
     clock: SpanClock = field(default_factory=SpanClock)
-    needs_reference: bool = False
+    needs_reference: bool = False  # from scorers
     reference_path: Path | None = None  # the model folder of the reference as the phase, or its resumed part, began
 
     def __post_init__(self) -> None:
@@ -93,7 +95,7 @@ class Session:
         self.crew.learn("begin", algorithm, optimizer, total_updates, str(start))
         if resumed:
             self.crew.learn("load", str(self._checkpoint(*self.position)))
-        self.needs_reference = Algorithm.compose(algorithm).needs_reference
+        self.needs_reference = Algorithm.compose(algorithm).needs_scorers
         if self.needs_reference:
             followed = self._checkpoint(*self.position) / "reference" if resumed else start
             self.reference_path = followed if followed.exists() else start
@@ -173,6 +175,16 @@ class Session:
         if lost:
             self.row["system/workers_lost"] = lost
 
+    def check_replay(self, step: int, rollouts: list[Rollout]) -> dict[str, float]:
+        """Have the learners recompute the recorded log-probs of `run.replay_check` rollouts; a gap in exact fp32 is told at once."""
+        chosen = choose_rollouts(rollouts, self.recipe.run.replay_check, step)
+        if not chosen:
+            return {}
+        metrics = self.crew.learn("replay_check", chosen)
+        if self.recipe.model.dtype == "float32" and not metrics["replay/max_gap"] <= TOLERANCE:
+            self.progress.message(gap_warning(step, metrics["replay/max_gap"]))
+        return metrics
+
     def keep_rollouts(self, step: int, issued: Issued, rollouts: list[Rollout], texts: list[str]) -> None:
         """Dump a sample of what was generated, at the recipe's pace and at the first and the last step."""
         every = self.recipe.run.rollouts_every
@@ -181,13 +193,15 @@ class Session:
         shown = rollouts[:SAMPLES_SHOWN]
         pairs = [(plain(example.prompt), text) for example, text in zip(issued.examples, texts, strict=True)]
         strings = [token_strings(self.tokenizer, rollout.completion_ids) for rollout in shown]
-        dump_rollouts(rollout_path(self.folder, step), step, shown, pairs[: len(shown)], strings)
+        dump_rollouts(rollout_path(self.folder, step), step, shown, pairs[: len(shown)], strings, token_namer(self.tokenizer))
 
     def _evaluate(self, phase: str) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
         with self.span("eval"):
             if self.recipe.task.reward["name"] != "none":
                 metrics |= evaluate(self.crew, self.recipe, self.eval_task, self.tokenizer)
+            if self.recipe.task.name == "documents":
+                metrics |= evaluate_documents(self.crew, self.recipe, self.eval_task, self.tokenizer)
             if self.pairs is not None:
                 metrics |= {"data/pairs": len(self.pairs.train), "data/bad_pairs": self.pairs.num_bad}
                 metrics |= evaluate_pairs(self.crew, self.recipe, self.pairs.held_out, phase == "pairs", self.needs_reference)

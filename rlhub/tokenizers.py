@@ -67,12 +67,16 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-    # AutoTokenizer would consult config.json, whose model types transformers does not know.
-    loader = PreTrainedTokenizerFast if (Path(path) / "tokenizer.json").exists() else AutoTokenizer
+    # AutoTokenizer would consult config.json, whose model types transformers does not know, and run a repository's own code.
+    loader, options = AutoTokenizer, {"trust_remote_code": False}
+    if (Path(path) / "tokenizer.json").exists():
+        loader, options = PreTrainedTokenizerFast, {}
+    elif (Path(path) / "vocab.json").exists() and (Path(path) / "merges.txt").exists():  # Dream and SDAR
+        loader, options = Qwen2Tokenizer, {}
     try:
-        return loader.from_pretrained(path)
+        return loader.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"no tokenizer in {path}: save one there with the checkpoint, e.g. tokenizer.json ({reason})") from error

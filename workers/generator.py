@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlhub.checkpoint import load_network
 from rlhub.config import SamplerConfig
+from rlhub.lora import training_state
+from rlhub.model_files import load_network
 from rlhub.noise import Noise
 from rlhub.types import Receipt, Request, Rollout
 from workers.sync import load_buckets, receipt_of
@@ -37,13 +38,15 @@ class Generator(GroupMember):
         engine: str = "torch_engine",
         device: str = "cpu",
         dtype: str = "float32",
+        attention: str = "sdpa",
         threads: int | None = None,
         max_rows: int = 512,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self.noise = Noise(run_seed)
-        self.network = load_network(Path(model_path), getattr(torch, dtype)).to(device)
+        self.network = load_network(Path(model_path), getattr(torch, dtype), device, merge_adapter=False)
+        self.network.attention = attention
         self.engine = importlib.import_module(f"workers.engines.{engine}").Engine(self.network, device, max_rows)
         self.version = -1
 
@@ -59,12 +62,12 @@ class Generator(GroupMember):
 
     def receive(self, version: int, bucket_bytes: int, *buckets: np.ndarray) -> Receipt:
         """Adopt published weights and return the receipt for what is held now."""
-        load_buckets(self.network.state_dict(), buckets, bucket_bytes)
+        load_buckets(training_state(self.network), buckets, bucket_bytes)
         self.version = version
         return receipt_of(self.network, version, bucket_bytes)
 
     def receive_broadcast(self, version: int, bucket_bytes: int) -> Receipt:
         """Adopt the weights that the learner broadcasts to the weight group."""
-        receive_state(self.member, self.network.state_dict(), bucket_bytes)
+        receive_state(self.member, training_state(self.network), bucket_bytes)
         self.version = version
         return receipt_of(self.network, version, bucket_bytes)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +21,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhub.algorithm import Algorithm, LogProbs
-from rlhub.batching import MicroBatch, micro_batches, shard_rows
-from rlhub.checkpoint import load_network, save_network
-from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig
+from rlhub.batching import MicroBatch, fit_blocks, micro_batches, shard_rows
+from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig, RouterConfig
+from rlhub.errors import RecipeError
 from rlhub.health import health_metrics
+from rlhub.lora import adapters_off, has_adapters, training_state
+from rlhub.model_files import load_network, save_network
+from rlhub.models.experts import Routing, record_routing, routers
 from rlhub.noise import Noise
+from rlhub.replay import choose_states, gap_metrics, recorded, replay_views, replayed_log_probs
+from rlhub.routing import auxiliary_loss, freeze_routers, masked_share, once, router_metrics, router_sums
 from rlhub.scoring import micro_batch_log_probs
-from rlhub.types import Batch, LogLikelihood, Receipt, Views
+from rlhub.types import Batch, LogLikelihood, Receipt, Rollout, Views
 from workers.sync import buckets_of, receipt_of
 from workers.transports.collective import GroupMember, open_store, send_state
+
+Routes = dict[MicroBatch, list[Tensor]]  # experts [T, K] of each layer in the forward of a micro-batch
 
 
 class Learner(GroupMember):
@@ -48,14 +57,17 @@ class Learner(GroupMember):
         num_learners: int = 1,
         device: str = "cpu",
         dtype: str = "float32",
+        attention: str = "sdpa",
         threads: int | None = None,
+        router: RouterConfig | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self.config, self.rank, self.num_learners, self.device = config, rank, num_learners, torch.device(device)
+        self.router = router or RouterConfig()
         self.noise = Noise(run_seed)
-        self.dtype = getattr(torch, dtype)
-        self.network = load_network(Path(model_path), self.dtype).to(self.device)
+        self.dtype, self.attention = getattr(torch, dtype), attention
+        self.network = self._load(model_path)
         self.algorithm: Algorithm | None = None
 
     def rendezvous(self) -> str:
@@ -89,21 +101,35 @@ class Learner(GroupMember):
         self.algorithm = Algorithm.compose(algorithm)
         if model_path is not None:
             # Not into the old parameters: the engine of the phase before has hooks on them.
-            self.network = load_network(Path(model_path), self.dtype).to(self.device)
+            self.network = self._load(model_path)
+        if algorithm.reference == "adapter_off" and not has_adapters(self.network):
+            raise RecipeError("algorithm.reference: adapter_off needs an adapter, and all weights are trained; set model.lora.rank")
         backend = importlib.import_module(f"workers.backends.{self.config.backend}_backend")
         self.backend = backend.Backend(self.network, optimizer, total_updates, self.config)
 
+    def _load(self, model_path: str) -> torch.nn.Module:
+        network = load_network(Path(model_path), self.dtype, self.device, merge_adapter=False)
+        network.attention = self.attention
+        if self.router.freeze:
+            freeze_routers(network)
+        return network
+
     def make_views(self, batch: Batch) -> list[Views]:
         """The views of every inner update of a batch; views that do not change between updates are made once."""
-        credit = self.algorithm.credit(batch)
+        credit, batch = self.algorithm.credit(batch), fit_blocks(batch, self.network)
         return [self.algorithm.make_views(batch, credit, self.noise, update) for update in range(self.algorithm.num_views)]
 
-    def estimate(self, algorithm: AlgorithmConfig, batch: Batch) -> LogLikelihood:
-        """The policy's estimate for a batch under the first views of an algorithm, which need not be the one that is trained."""
+    def estimate(self, algorithm: AlgorithmConfig, batch: Batch, base: bool = False) -> LogLikelihood:
+        """The policy's estimate for a batch under the first views of an algorithm, which need not be the one that is trained.
+
+        Args:
+            base: of the base without the adapter instead.
+        """
         parts = Algorithm.compose(algorithm)
         credit = parts.credit(batch)
-        views = parts.make_views(batch, credit, self.noise, 0)
-        return parts.estimate(self._all_log_probs(views), views, credit)
+        views = parts.make_views(fit_blocks(batch, self.network), credit, self.noise, 0)
+        with adapters_off(self.network) if base else nullcontext():
+            return parts.estimate(self._all_log_probs(views), views, credit)
 
     def step(self, batch: Batch, views: list[Views] | None = None, *reference: dict[int, Tensor | LogLikelihood]) -> dict[str, float]:
         """All inner updates on one batch.
@@ -120,43 +146,107 @@ class Learner(GroupMember):
         references = {index: log_prob for part in reference for index, log_prob in part.items()}
         updates = self.algorithm.config.updates
         which = [update if len(views) > 1 else 0 for update in range(updates)]
+        if self.algorithm.needs_reference and self.algorithm.config.reference == "adapter_off":
+            references = {index: self._base_reference(batch, views, index) for index in range(len(views))}
         proximal: dict[int, Tensor] = {}
-        if self.algorithm.needs_proximal:
+        replay = self.router.replay and bool(routers(self.network))
+        routes: dict[int, Routes] = {}
+        if self.algorithm.needs_proximal or replay:
             # The first update's proximal policy is the policy itself, unless later updates look through the same views.
-            later = sorted({index for update, index in enumerate(which) if update > 0})
-            proximal = {index: self._all_log_probs(views[index]) for index in later}
+            for index in sorted({index for update, index in enumerate(which) if update > 0}):
+                chosen: Routes = {}
+                log_prob = self._all_log_probs(views[index], chosen if replay else None)
+                routes[index] = chosen
+                if self.algorithm.needs_proximal:
+                    proximal[index] = log_prob
         norms = []
         for update, index in enumerate(which):
-            fixed = proximal.get(index) if update > 0 else None
-            scores, metrics = self._update(batch, views[index], credit, fixed, references.get(index))
+            fixed, chosen = (proximal.get(index), routes.get(index)) if update > 0 else (None, None)
+            scores, metrics = self._update(batch, views[index], credit, fixed, references.get(index), chosen)
             norm, learning_rate = self.backend.step()
             norms.append(norm)
         metrics |= health_metrics(self.algorithm, scores, credit, batch)
         return metrics | {"grad_norm": float(np.mean(norms)), "learning_rate": learning_rate}
 
-    def _update(self, batch, views, credit, proximal, reference):
+    @torch.no_grad()
+    def replay_check(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """How far the log-probs that rollouts recorded are from those of the weights held now; see `rlhub.replay`.
+
+        Every rank computes all of them: there may be fewer rollouts than learners.
+        """
+        states = choose_states(rollouts, self.noise)
+        views = replay_views(states, self.network)
+        made = []
+        for run in micro_batches(views, self.config.micro_batch_tokens):
+            made.append(self.backend.forward(partial(replayed_log_probs, views=views, run=run, states=states, device=self.device)).cpu())
+        return gap_metrics(torch.cat(made), recorded(states))
+
+    def _base_reference(self, batch: Batch, views: list[Views], index: int) -> Tensor | LogLikelihood:
+        """What the base without the adapter says, through the policy's noise or its own."""
+        with adapters_off(self.network):
+            if self.algorithm.config.shared_noise:
+                return self._all_log_probs(views[index])
+            credit = self.algorithm.credit(batch)
+            own = self.algorithm.make_views(batch, credit, self.noise, index, self.algorithm.reference_noise)
+            return self.algorithm.estimate(self._all_log_probs(own), own, credit)
+
+    def _update(self, batch, views, credit, proximal, reference, routes=None):
         """Accumulate the gradient of one update."""
         turns = self._turns(views)
         single = len(turns) == 1
+        kept, total = [], None
         with torch.set_grad_enabled(single):
-            kept = [(self._log_probs(views, run), counts) for run, counts in turns]
-        own = torch.cat([log_prob.detach() for log_prob, counts in kept if counts]).cpu()
+            for run, counts in turns:
+                log_prob, record = self._forward(views, run, routes)
+                if record:
+                    sums = self._router_sums(views, run, record) * counts
+                    total = sums if total is None else total + sums
+                kept.append((log_prob, record if single else [], counts))
+        own = torch.cat([log_prob.detach() for log_prob, _, counts in kept if counts]).cpu()
         log_probs = LogProbs(self._gather(own), proximal, reference)
         coefficient, scores, metrics = self.algorithm.coefficients(log_probs, views, batch, credit)
         # DeepSpeed averages over ranks while the loss is already the mean over the global batch.
         coefficient = coefficient.float() * self.num_learners
+        if total is not None and self.num_learners > 1:
+            dist.all_reduce(total)
+        balanced = not self.router.freeze and any(router.weight.requires_grad for router in routers(self.network))
         for run, counts in turns:
-            log_prob = kept[0][0] if single else self._log_probs(views, run)
+            log_prob, record, _ = kept[0] if single else (*self._forward(views, run, routes), counts)
             part = coefficient[run.first_score : run.last_score].to(self.device)
-            self.backend.backward((log_prob * part).sum() * float(counts))
+            loss = (log_prob * part).sum()
+            if record and balanced:
+                loss = loss + auxiliary_loss(record, total, self.router) * self.num_learners
+            self.backend.backward(loss * float(counts))
+        if total is not None and self.router.statistics:
+            metrics |= router_metrics(total.cpu(), routers(self.network)[0].rule)
         return scores, metrics
+
+    def _forward(self, views: Views, run: MicroBatch, routes: Routes | None) -> tuple[Tensor, list[Routing]]:
+        """Log-probs of a micro-batch and what the routers did, replaying the routes that are given."""
+        with record_routing(self.network, (routes or {}).get(run, ())) as record:
+            log_prob = self._log_probs(views, run)
+        num_tokens = int(views.layout.row_offsets[run.last_row] - views.layout.row_offsets[run.first_row])
+        return log_prob, once(record, num_tokens, run.last_score - run.first_score) if record else record
+
+    def _router_sums(self, views: Views, run: MicroBatch, record: list[Routing]) -> Tensor:
+        offsets = views.layout.row_offsets[run.first_row : run.last_row + 1].long()
+        tokens = views.tokens[offsets[0] : offsets[-1]]
+        targets = views.target_rows[run.first_score : run.last_score] - offsets[0]
+        level = masked_share(tokens, offsets, self.network.mask_id)
+        return router_sums(record, level.to(self.device), targets.to(self.device))
 
     def _log_probs(self, views: Views, run: MicroBatch) -> Tensor:
         return self.backend.forward(lambda network: micro_batch_log_probs(network, views, run, self.device))
 
     @torch.no_grad()
-    def _all_log_probs(self, views: Views) -> Tensor:
-        made = [(self._log_probs(views, run).cpu(), counts) for run, counts in self._turns(views)]
+    def _all_log_probs(self, views: Views, routes: Routes | None = None) -> Tensor:
+        """Log-probs [M] of all views, on every rank; the experts that were chosen on the way go into `routes`."""
+        made = []
+        for run, counts in self._turns(views):
+            log_prob, record = self._forward(views, run, None)
+            made.append((log_prob.cpu(), counts))
+            if routes is not None:
+                routes[run] = [routing.experts.to("cpu", torch.int16) for routing in record]
         return self._gather(torch.cat([log_prob for log_prob, counts in made if counts]))
 
     def _turns(self, views: Views) -> list[tuple[MicroBatch, bool]]:
@@ -191,7 +281,7 @@ class Learner(GroupMember):
     def publish(self, bucket_bytes: int) -> Iterator[np.ndarray]:
         """Yield the weights as flat byte buckets; the other ranks run `gather_only` meanwhile."""
         with self.backend.full_parameters():
-            yield from buckets_of(self.network.state_dict(), bucket_bytes)
+            yield from buckets_of(training_state(self.network), bucket_bytes)
 
     def broadcast(self, bucket_bytes: int) -> None:
         """Send the weights to the other members of the weight group; the other ranks run `gather_only` meanwhile.
@@ -201,7 +291,7 @@ class Learner(GroupMember):
         """
         try:
             with self.backend.full_parameters():
-                send_state(self.member, self.network.state_dict(), bucket_bytes)
+                send_state(self.member, training_state(self.network), bucket_bytes)
         except RuntimeError:
             self.leave_weights()
             raise

@@ -160,7 +160,7 @@ def assemble(recipe: Recipe, model_path: Path, log_folder: Path | None = None) -
 def _spawn_all(recipe: Recipe, model_path: Path, runtime: Runtime, wanted: dict[str, Resources]) -> Crew:
     roles = recipe.roles
     threads = roles.threads if recipe.run.runtime != "local" else None
-    shared = {"dtype": recipe.model.dtype, "threads": threads}
+    shared = {"dtype": recipe.model.dtype, "attention": recipe.model.attention, "threads": threads}
 
     def spawn(role: str, index: int, build: type, gpus: float = 0, **kwargs: Any) -> Handle:
         device = {"device": "cuda" if gpus else "cpu"} if role != "reward" else {}
@@ -177,6 +177,7 @@ def _spawn_all(recipe: Recipe, model_path: Path, runtime: Runtime, wanted: dict[
             run_seed=recipe.run.seed,
             rank=rank,
             num_learners=roles.learners,
+            router=recipe.model.router,
             **shared,
         )
         for rank in range(roles.learners)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from rlhub.algorithm import Algorithm
-from rlhub.checkpoint import load_network, save_network
+from rlhub.batching import fit_blocks
 from rlhub.config import AlgorithmConfig
+from rlhub.lora import training_state
+from rlhub.model_files import load_network, save_network
 from rlhub.noise import Noise
 from rlhub.scoring import token_log_probs
 from rlhub.types import Batch, LogLikelihood, Receipt, Views
@@ -21,16 +23,26 @@ class Scorer:
     """One scorer of `model_path`, or of what it received since."""
 
     def __init__(
-        self, model_path: str, micro_batch_tokens: int, *, device: str = "cpu", dtype: str = "float32", threads: int | None = None
+        self,
+        model_path: str,
+        micro_batch_tokens: int,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        attention: str = "sdpa",
+        threads: int | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self.device, self.micro_batch_tokens = torch.device(device), micro_batch_tokens
-        self.network = load_network(Path(model_path), getattr(torch, dtype)).to(device)
+        self.network = load_network(Path(model_path), getattr(torch, dtype), device, merge_adapter=False)
+        self.network.attention = attention
 
     def load(self, model_path: str) -> None:
         """Take the weights of a model folder as the reference."""
-        self.network.load_state_dict(load_network(Path(model_path), next(self.network.parameters()).dtype).state_dict())
+        dtype, attention = next(self.network.parameters()).dtype, self.network.attention
+        self.network = load_network(Path(model_path), dtype, self.device, merge_adapter=False)
+        self.network.attention = attention
 
     def save(self, folder: str) -> None:
         """Write the reference as a model folder."""
@@ -49,7 +61,7 @@ class Scorer:
         The views are made here, from the same keys as the learner's.
         """
         parts = Algorithm.compose(algorithm)
-        credit, noise = parts.credit(batch), Noise(run_seed)
+        credit, noise, batch = parts.credit(batch), Noise(run_seed), fit_blocks(batch, self.network)
         found = {}
         for index in range(first, parts.num_views, stride):
             views = parts.make_views(batch, credit, noise, index, parts.reference_noise)
@@ -59,5 +71,5 @@ class Scorer:
 
     def receive(self, version: int, bucket_bytes: int, *buckets: np.ndarray) -> Receipt:
         """Adopt published weights as the new reference."""
-        load_buckets(self.network.state_dict(), buckets, bucket_bytes)
+        load_buckets(training_state(self.network), buckets, bucket_bytes)
         return receipt_of(self.network, version, bucket_bytes)

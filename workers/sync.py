@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhub.batching import pack_layout
 from rlhub.errors import SyncError
+from rlhub.lora import training_state
 from rlhub.scoring import to_device
 from rlhub.types import Receipt
 
@@ -74,7 +75,7 @@ def receipt_of(network: torch.nn.Module, version: int, bucket_bytes: int) -> Rec
 
     The hash guards against faults, not forgery, so it is the fast one (XXH3, 128 bits).
     """
-    state = network.state_dict()
+    state = training_state(network)
     hashes, total = [], 0
     for bucket in buckets_of(state, bucket_bytes):
         hashes.append(xxhash.xxh3_128_hexdigest(bucket))

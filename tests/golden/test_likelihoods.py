@@ -46,12 +46,13 @@ class Table(nn.Module):
     def state(self, canvas):
         return (canvas.long() * (self.vocab + 1) ** torch.arange(self.length)).sum(-1)
 
-    def denoise(self, tokens, layout):
+    def denoise(self, tokens, layout, targets=None):
         hidden = self.logits[self.state(tokens.view(-1, self.length + 1)[:, 1:])]
-        return torch.cat([torch.zeros_like(hidden[:, :1]), hidden], 1).flatten(0, 1)
+        hidden = torch.cat([torch.zeros_like(hidden[:, :1]), hidden], 1).flatten(0, 1)
+        return hidden if targets is None else hidden[targets]
 
-    def head(self, hidden, target_rows):
-        return hidden[target_rows]
+    def head(self, hidden, target_rows=None):
+        return hidden if target_rows is None else hidden[target_rows]
 
     def log_prob(self, completion):
         """masked bool [L] -> log-probs [L] of the completion's tokens."""

@@ -51,15 +51,16 @@ class Tiny(nn.Module):
 
         self.token, self.position, self.inner, self.mix, self.out = weight(3, 5), weight(8, 5), weight(5, 5), weight(5, 5), weight(5, 2)
 
-    def denoise(self, tokens, layout):
+    def denoise(self, tokens, layout, targets=None):
         embedded = self.token[tokens.long()] + self.position[layout.position_ids.long()]
         row = torch.repeat_interleave(torch.arange(len(layout.lengths)), layout.lengths)
         shape = (len(layout.lengths), embedded.shape[1])
         mean = torch.zeros(shape, dtype=embedded.dtype).index_add(0, row, embedded) / layout.lengths[:, None]
-        return torch.tanh(embedded @ self.inner + (mean @ self.mix)[row])
+        hidden = torch.tanh(embedded @ self.inner + (mean @ self.mix)[row])
+        return hidden if targets is None else hidden[targets]
 
-    def head(self, hidden, target_rows):
-        return hidden[target_rows] @ self.out
+    def head(self, hidden, target_rows=None):
+        return (hidden if target_rows is None else hidden[target_rows]) @ self.out
 
 
 def compose(name: str) -> Algorithm:

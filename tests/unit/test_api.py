@@ -126,8 +126,8 @@ def test_progress_goes_to_the_terminal_only_when_asked(model, capsys):
         ({"prompts": [[1, 99]]}, "token ids 1 to 99, the vocabulary has 0 to 12"),
         ({"prompts": [[0.5]]}, "a prompt is text, chat messages or a row of token ids"),
         ({"prompts": ["1"], "sampler": "low_confidense"}, "did you mean low_confidence?"),
-        ({"prompts": ["1"], "block_length": 3}, "canvas length 8 is not a multiple of block length 3"),
-        ({"prompts": ["1"], "steps": 3}, "3 steps cannot be split evenly over 2 blocks"),
+        ({"prompts": ["1"], "block_length": 3}, "8 is not a multiple of block_length 3; use length 6 or 9"),
+        ({"prompts": ["1"], "steps": 3}, "3 is not a multiple of the 2 blocks (length / block_length); use 2 or 4"),
         ({"prompts": [[1] * 60]}, "prompt of 60 tokens plus a canvas of 8 exceeds the model's context of 64"),
     ],
 )

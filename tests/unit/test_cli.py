@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner, Result
 
-from rlhub.cli import main, split_prompt
+from rlhub.cli import main, split_prompts
 from rlhub.errors import CheckpointError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -174,14 +174,14 @@ def test_eval_prints_what_it_measured(monkeypatch):
     assert seen == [(Path("runs/a"), ["task.eval_rows=4"], "r.yaml"), (Path("runs/a"), [], None)]
 
 
-def test_sample_tells_the_prompt_from_overrides(monkeypatch):
+def test_sample_tells_prompts_from_overrides(monkeypatch):
     seen = []
     replace(monkeypatch, "rlhub.display", show_sample=lambda *arguments: seen.append(arguments))
-    run("sample", "runs/a", "3 7 = 10 :", "sampler.temperature=0")
-    run("sample", "runs/a")
-    assert seen == [(Path("runs/a"), "3 7 = 10 :", ["sampler.temperature=0"]), (Path("runs/a"), None, [])]
-    assert run("sample", "runs/a", "3", "7").exit_code == 2
-    assert split_prompt(["seed=3"]) == (None, ["seed=3"])
+    run("sample", "runs/a", "3 7 = 10 :", "sampler.temperature=0", "4", "--html", "t.html")
+    run("sample", "runs/a", "--file", "prompts.txt")
+    assert seen[0] == (Path("runs/a"), ["3 7 = 10 :", "4"], ["sampler.temperature=0"], None, Path("t.html"))
+    assert seen[1] == (Path("runs/a"), [], [], Path("prompts.txt"), None)
+    assert split_prompts(["seed=3"]) == ([], ["seed=3"])
 
 
 def test_export_and_report_print_where_they_wrote(monkeypatch):

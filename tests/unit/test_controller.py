@@ -516,6 +516,10 @@ class Recording:
         self.calls.append((self.role, "step", args))
         return {"loss": 1.0}
 
+    def replay_check(self, rollouts: list) -> dict:
+        self.calls.append((self.role, "replay_check", (len(rollouts),)))
+        return {"replay/max_gap": 0.0}
+
     def publish(self, bucket_bytes: int):
         self.calls.append((self.role, "publish", ()))
         yield np.zeros(1)
@@ -578,6 +582,7 @@ def test_a_step_asks_every_role_in_turn(tiny: Callable[..., Recipe], tmp_path: P
         "reward.grade",
         "learner.make_views",
         *["scorer.score"] * 2,
+        *["learner.replay_check"] * 2,
         *["learner.step"] * 2,
     ]
     assert [args for role, method, args in second if method == "generate"] == [(8, 1)] * 2, "half of 16 requests each, by weights 1"

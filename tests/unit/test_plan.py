@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlhub.config import SamplerConfig
 from rlhub.errors import RecipeError
-from rlhub.plan import Plan, format_plan, make_plan, meta_network, size_text
+from rlhub.plan import Plan, format_plan, make_plan, meta_network, sampler_text, size_text
 from rlhub.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -163,3 +164,32 @@ def test_plan_imports_neither_ray_nor_deepspeed():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=RECIPES.parent)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("low_confidence", "log-probs of the rollout are not known"),
+        ("random", "exact given the order"),
+        ("entropy", "log-probs are exact"),
+        ("edit", "records unmask_step, logp, edits"),
+    ],
+)
+def test_the_plan_says_what_log_probs_of_a_sampler_mean(name, words):
+    assert words in sampler_text(SamplerConfig(name))
+    assert "not known" in sampler_text(SamplerConfig(name, eos="last"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ([], "low_confidence chooses positions by draws"),
+        (["sampler.name=top_probability", "sampler.eos=last"], "sampler.eos last"),
+        (["sampler.name=top_probability", "sampler.cache=dual"], "sampler.cache dual"),
+        (["sampler.name=top_probability", "sampler.guidance=1"], "guided logits"),
+        (["sampler.name=top_probability"], "likelihood elbo does not score"),
+    ],
+)
+def test_recorded_log_probs_must_be_exact(overrides, problem):
+    with pytest.raises(RecipeError, match=rf"algorithm\.behavior: rollout needs exact recorded log-probs, but .*{problem}.*use recompute"):
+        load_recipe(SORT, ["algorithm.behavior=rollout", *overrides])

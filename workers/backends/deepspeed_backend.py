@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhub.config import LearnerConfig, OptimizerConfig
+from rlhub.lora import has_adapters
 from workers.backends.torch_backend import adamw
 
 
@@ -58,10 +59,10 @@ class Backend:
         return import_deepspeed().zero.GatheredParameters(list(self.network.parameters()))
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag="state")
+        self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=has_adapters(self.network))
 
     def load(self, folder: Path) -> None:
-        path, _ = self.engine.load_checkpoint(str(folder), tag="state")
+        path, _ = self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=not has_adapters(self.network))
         if path is None:
             raise FileNotFoundError(f"no DeepSpeed state in {folder}")
 

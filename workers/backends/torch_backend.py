@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhub.config import LearnerConfig, OptimizerConfig
+from rlhub.lora import has_adapters, training_state
 from rlhub.optimizer import learning_rate_factor
 
 
@@ -38,12 +39,16 @@ class Backend:
         return nullcontext()
 
     def save(self, folder: Path) -> None:
-        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        state = {
+            "network": training_state(self.network),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
         torch.save(state, folder / "learner.pt")
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "learner.pt", weights_only=True, map_location="cpu")
-        self.network.load_state_dict(state["network"])
+        self.network.load_state_dict(state["network"], strict=not has_adapters(self.network))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
 
@@ -53,7 +58,11 @@ def adamw(
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW and its schedule over `total_steps` optimizer steps."""
     optimizer = torch.optim.AdamW(
-        network.parameters(), lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True
+        [parameter for parameter in network.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=tuple(config.betas),
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, config))
     return optimizer, scheduler
