@@ -18,7 +18,7 @@ from rlhub.errors import CheckpointError
 from rlhub.models import Profile
 from rlhub.models.attention import Attention, Kernel
 from rlhub.models.cache import CacheView, KeyValueCache
-from rlhub.models.layers import RMSNorm, rotary_tables, rotate
+from rlhub.models.layers import MIN_ROWS, RMSNorm, enough_rows, rotary_tables, rotate
 from rlhub.types import Layout
 
 # ------------------------------------------------------------------------------------------------------------------- config
@@ -350,8 +350,8 @@ class Decoder(nn.Module):
         """
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("a cache serves inference only; call denoise under torch.no_grad()")
-        if len(tokens) == 1:
-            return self._alone(tokens, layout, targets, cache)
+        if 0 < len(tokens) < MIN_ROWS:
+            return self._repeated(-(-MIN_ROWS // len(tokens)), tokens, layout, targets, cache)
         sources = self._sources(layout, targets, cache is not None)
         block_length = self.profile.block_length if self.profile.attention == "block_causal" else None
         hidden = self.get_submodule(self.names.embedding)(tokens.long())
@@ -364,8 +364,7 @@ class Decoder(nn.Module):
         if targets is None:
             hidden = norm(last(hidden, tables, lambda *heads: attention.attend(len(blocks), *heads)))
             return hidden if sources is None else hidden[sources]
-        # A matrix product with one row takes another kernel, whose rounding differs from that of a batch.
-        rows, order = sources.repeat(2 if len(targets) == 1 else 1).sort(stable=True)
+        rows, order = sources.repeat(-(-MIN_ROWS // max(1, len(targets)))).sort(stable=True)
         kernel = attention.kernel_for(rows)
         hidden = norm(last(hidden, tables, lambda *heads: attention.attend(len(blocks), *heads, kernel), rows))
         return hidden[order.argsort()[: len(targets)]]
@@ -373,21 +372,21 @@ class Decoder(nn.Module):
     def head(self, hidden: Tensor, target_rows: Tensor | None = None) -> Tensor:
         """Logits [M, V] of the hidden states at `target_rows` [M], or of all; padding rows of the embedding are cut off."""
         selected = hidden if target_rows is None else hidden[target_rows]
-        alone = len(selected) == 1
-        selected = selected.repeat(2, 1) if alone else selected
+        enough = enough_rows(selected)
         if self.shape.tied:
-            logits = F.linear(selected, self.get_submodule(self.names.embedding).weight)
+            logits = F.linear(enough, self.get_submodule(self.names.embedding).weight)
         else:
-            logits = self.get_submodule(self.names.head)(selected)
-        return (logits[:1] if alone else logits)[:, : self.vocab_size]
+            logits = self.get_submodule(self.names.head)(enough)
+        return logits[: len(selected), : self.vocab_size]
 
-    def _alone(self, tokens: Tensor, layout: Layout, targets: Tensor | None, cache: CacheView | None) -> Tensor:
-        """One token, computed as two rows of one token."""
-        marks = {name: getattr(layout, name).repeat(2) for name in ("position_ids", "segment_ids", "block_ids")}
-        twice = replace(layout, **marks, row_offsets=torch.arange(3, device=tokens.device, dtype=layout.row_offsets.dtype))
-        view = None if cache is None else replace(cache, slots=cache.slots.repeat(2))
-        hidden = self.denoise(tokens.repeat(2), twice, targets, view)
-        return hidden[:1] if targets is None else hidden
+    def _repeated(self, times: int, tokens: Tensor, layout: Layout, targets: Tensor | None, cache: CacheView | None) -> Tensor:
+        """`denoise` of so few tokens that they are computed several times over, side by side; see `enough_rows`."""
+        marks = {name: getattr(layout, name).repeat(times) for name in ("position_ids", "segment_ids", "block_ids")}
+        ends = layout.lengths.repeat(times).cumsum(0)
+        offsets = torch.cat([ends.new_zeros(1), ends]).to(layout.row_offsets.dtype)
+        view = None if cache is None else replace(cache, slots=cache.slots.repeat(times))
+        hidden = self.denoise(tokens.repeat(times), replace(layout, **marks, row_offsets=offsets), targets, view)
+        return hidden[: len(tokens)] if targets is None else hidden
 
     def _sources(self, layout: Layout, targets: Tensor | None, cached: bool) -> Tensor | None:
         """int64 [M], the packed tokens whose hidden states predict the targets: with a logit shift the one before, within its segment.

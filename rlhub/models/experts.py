@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhub.models.layers import enough_rows
+
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-MIN_ROWS = 4
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -104,13 +105,8 @@ def mix_experts(hidden: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, 
 
 
 def _swiglu(tokens: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    enough = _enough_rows(tokens)
+    enough = enough_rows(tokens)
     return F.linear(F.silu(F.linear(enough, gate)) * F.linear(enough, up), down)[: len(tokens)]
-
-
-def _enough_rows(tokens: Tensor) -> Tensor:
-    """[max(T, 4), D]: matrix products with fewer rows take other kernels, whose rounding differs from that of a batch."""
-    return tokens if len(tokens) >= MIN_ROWS else F.pad(tokens, (0, 0, 0, MIN_ROWS - len(tokens)))
 
 
 @dataclass(frozen=True)
@@ -135,7 +131,7 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[T, D] -> experts int64 [T, K] and their weights fp32 [T, K]."""
-        logits = F.linear(_enough_rows(hidden.float()), self.weight.float())[: len(hidden)]
+        logits = F.linear(enough_rows(hidden.float()), self.weight.float())[: len(hidden)]
         scores = expert_scores(logits, self.rule)
         if self.replay is None:
             experts = choose_experts(scores, self.rule, self.expert_bias)
@@ -207,7 +203,7 @@ class SparseMLP(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
         mixed = self.experts(hidden, *self.gate(hidden))
-        return mixed if self.shared_experts is None else mixed + self.shared_experts(_enough_rows(hidden))[: len(hidden)]
+        return mixed if self.shared_experts is None else mixed + self.shared_experts(enough_rows(hidden))[: len(hidden)]
 
 
 def routers(network: nn.Module) -> list[Router]:

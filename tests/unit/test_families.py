@@ -362,3 +362,18 @@ def test_what_is_not_computed_is_refused(family, key, value):
     with pytest.raises(CheckpointError, match=re.escape(f"{key}={value!r}")) as error:
         family_of(config).Config.from_published(config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+@torch.no_grad()
+def test_few_tokens_round_as_many_do(folder, length):
+    network = load_network(folder)
+    tokens, one_row, nine_rows = torch.arange(length) % 7, pack_layout([length]), pack_layout([length] * 9)
+    many = network.denoise(tokens.repeat(9), nine_rows)
+    assert torch.equal(network.denoise(tokens, one_row), many[:length])
+    assert torch.equal(network.head(many[:length]), network.head(many)[:length])
+    for position in range(length):
+        one = network.denoise(tokens, one_row, targets=torch.tensor([position]))
+        # Which attention kernel runs depends on the queries of a row, so here equality is up to rounding.
+        torch.testing.assert_close(one[0], many[position], atol=1e-6, rtol=0)
+        assert torch.equal(network.head(one)[0], network.head(one.repeat(9, 1))[0])
