@@ -370,10 +370,11 @@ def test_few_tokens_round_as_many_do(folder, length):
     network = load_network(folder)
     tokens, one_row, nine_rows = torch.arange(length) % 7, pack_layout([length]), pack_layout([length] * 9)
     many = network.denoise(tokens.repeat(9), nine_rows)
-    assert torch.equal(network.denoise(tokens, one_row), many[:length])
+    # Which attention kernel runs depends on the shapes, with grouped queries on the number of rows too; there equality is up to rounding.
+    limit = 0.0 if network.shape.num_kv_heads == network.shape.num_heads else 1e-6
+    torch.testing.assert_close(network.denoise(tokens, one_row), many[:length], atol=limit, rtol=0)
     assert torch.equal(network.head(many[:length]), network.head(many)[:length])
     for position in range(length):
         one = network.denoise(tokens, one_row, targets=torch.tensor([position]))
-        # Which attention kernel runs depends on the queries of a row, so here equality is up to rounding.
         torch.testing.assert_close(one[0], many[position], atol=1e-6, rtol=0)
         assert torch.equal(network.head(one)[0], network.head(one.repeat(9, 1))[0])
