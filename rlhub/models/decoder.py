@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,7 +19,7 @@ from rlhub.errors import CheckpointError
 from rlhub.models import Profile
 from rlhub.models.attention import Attention, Kernel
 from rlhub.models.cache import CacheView, KeyValueCache
-from rlhub.models.layers import MIN_ROWS, RMSNorm, enough_rows, rotary_tables, rotate
+from rlhub.models.layers import RMSNorm, enough_rows, rotary_tables, rotate
 from rlhub.types import Layout
 
 # ------------------------------------------------------------------------------------------------------------------- config
@@ -243,9 +244,13 @@ class Block(nn.Module):
         """The output of the module with this name."""
         return self.get_submodule(name)(hidden)
 
+    def project_by(self, name: str, hidden: Tensor) -> Tensor:
+        """The output of the linear module with this name, [T, D] -> [T, E]; see `enough_rows`."""
+        return self.apply_to(name, enough_rows(hidden))[: len(hidden)]
+
     def heads(self, name: str, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, H, head_dim]"""
-        return self.apply_to(name, hidden).unflatten(-1, (-1, self.shape.head_dim))
+        return self.project_by(name, hidden).unflatten(-1, (-1, self.shape.head_dim))
 
     def project(self, normed: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of `rows` (None: of all) and keys and values of all, [T, H, head_dim] each."""
@@ -259,8 +264,8 @@ class Block(nn.Module):
     def feed_forward(self, normed: Tensor) -> Tensor:
         if not self.dense:
             return self.apply_to(self.names.mlp, normed)
-        gate, up = self.apply_to(self.names.gate, normed), self.apply_to(self.names.up, normed)
-        return self.apply_to(self.names.down, F.silu(gate) * up)
+        gate, up = self.project_by(self.names.gate, normed), self.project_by(self.names.up, normed)
+        return self.project_by(self.names.down, F.silu(gate) * up)
 
     def forward(self, hidden: Tensor, tables: tuple[Tensor, Tensor], attend: Kernel, rows: Tensor | None = None) -> Tensor:
         """[T, D] -> [T, D], or [M, D] for the tokens `rows` [M] alone; the keys and values are those of all tokens."""
@@ -274,7 +279,7 @@ class Block(nn.Module):
         mixed = attend(rotate(query, tables), key, value)
         if not len(hidden):  # the call was made for the cache
             return hidden
-        hidden = hidden + self.apply_to(self.names.output, mixed)
+        hidden = hidden + self.project_by(self.names.output, mixed)
         return hidden + self.feed_forward(self.apply_to(self.names.mlp_norm, hidden))
 
 
@@ -350,8 +355,6 @@ class Decoder(nn.Module):
         """
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("a cache serves inference only; call denoise under torch.no_grad()")
-        if 0 < len(tokens) < MIN_ROWS:
-            return self._repeated(-(-MIN_ROWS // len(tokens)), tokens, layout, targets, cache)
         sources = self._sources(layout, targets, cache is not None)
         block_length = self.profile.block_length if self.profile.attention == "block_causal" else None
         hidden = self.get_submodule(self.names.embedding)(tokens.long())
@@ -364,10 +367,22 @@ class Decoder(nn.Module):
         if targets is None:
             hidden = norm(last(hidden, tables, lambda *heads: attention.attend(len(blocks), *heads)))
             return hidden if sources is None else hidden[sources]
-        rows, order = sources.repeat(-(-MIN_ROWS // max(1, len(targets)))).sort(stable=True)
+        rows, order = sources.sort(stable=True)
         kernel = attention.kernel_for(rows)
         hidden = norm(last(hidden, tables, lambda *heads: attention.attend(len(blocks), *heads, kernel), rows))
-        return hidden[order.argsort()[: len(targets)]]
+        return hidden[order.argsort()]
+
+    def hidden_states(self, tokens: Tensor, position_ids: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """Hidden states [T, D] after the final norm, with the attention left to others; the logit shift is not applied.
+
+        Args:
+            attend: (layer, query, key, value [T, H, head_dim]) -> [T, H * head_dim].
+        """
+        hidden = self.get_submodule(self.names.embedding)(tokens.long())
+        tables = rotary_tables(position_ids, self.shape.rotary_dim or self.shape.head_dim, self.shape.rope_theta)
+        for number, block in enumerate(self.get_submodule(self.names.layers)):
+            hidden = block(hidden, tables, partial(attend, number))
+        return self.get_submodule(self.names.norm)(hidden)
 
     def head(self, hidden: Tensor, target_rows: Tensor | None = None) -> Tensor:
         """Logits [M, V] of the hidden states at `target_rows` [M], or of all; padding rows of the embedding are cut off."""
@@ -378,15 +393,6 @@ class Decoder(nn.Module):
         else:
             logits = self.get_submodule(self.names.head)(enough)
         return logits[: len(selected), : self.vocab_size]
-
-    def _repeated(self, times: int, tokens: Tensor, layout: Layout, targets: Tensor | None, cache: CacheView | None) -> Tensor:
-        """`denoise` of so few tokens that they are computed several times over, side by side; see `enough_rows`."""
-        marks = {name: getattr(layout, name).repeat(times) for name in ("position_ids", "segment_ids", "block_ids")}
-        ends = layout.lengths.repeat(times).cumsum(0)
-        offsets = torch.cat([ends.new_zeros(1), ends]).to(layout.row_offsets.dtype)
-        view = None if cache is None else replace(cache, slots=cache.slots.repeat(times))
-        hidden = self.denoise(tokens.repeat(times), replace(layout, **marks, row_offsets=offsets), targets, view)
-        return hidden[: len(tokens)] if targets is None else hidden
 
     def _sources(self, layout: Layout, targets: Tensor | None, cached: bool) -> Tensor | None:
         """int64 [M], the packed tokens whose hidden states predict the targets: with a logit shift the one before, within its segment.

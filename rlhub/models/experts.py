@@ -133,12 +133,7 @@ class Router(nn.Module):
         """[T, D] -> experts int64 [T, K] and their weights fp32 [T, K]."""
         logits = F.linear(enough_rows(hidden.float()), self.weight.float())[: len(hidden)]
         scores = expert_scores(logits, self.rule)
-        if self.replay is None:
-            experts = choose_experts(scores, self.rule, self.expert_bias)
-        else:
-            experts = self.replay.to(hidden.device).long()
-            # A lone token may be computed as several equal rows.
-            experts = experts.expand(len(hidden), -1) if len(experts) == 1 else experts
+        experts = choose_experts(scores, self.rule, self.expert_bias) if self.replay is None else self.replay.to(hidden.device).long()
         if experts.shape != (len(hidden), self.rule.top_k):
             raise ValueError(f"replayed experts have shape {tuple(experts.shape)}, the layer routes {len(hidden)} tokens")
         if self.record is not None:

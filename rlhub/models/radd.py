@@ -160,6 +160,9 @@ class NormedBlock(Block):
         for name in (names.attention_norm, names.mlp_norm):
             place(self, name, LayerNorm(shape.width, NORM_EPS))
 
+    def feed_forward(self, normed: Tensor) -> Tensor:
+        return self.project_by(self.names.mlp, normed)
+
 
 class RADD(Decoder):
     """The network behind `rlhub.load_model` for RADD checkpoints."""
