@@ -93,7 +93,7 @@ def run_arms(arms: Iterable[Arm], config: Any, progress: RunProgress, out: Path)
     Each arm runs single-threaded, `config.parallel` of them at a time.
     """
     arms = list(arms)
-    folder = out / "arms" / _fingerprint(config)
+    folder = folder_of(config, out)
     folder.mkdir(parents=True, exist_ok=True)
     missing = [arm for arm in arms if not (folder / f"{arm.name}.json").exists()]
     total = sum(arm.ticks for arm in arms)
@@ -116,8 +116,13 @@ def run_arms(arms: Iterable[Arm], config: Any, progress: RunProgress, out: Path)
 
 def seconds_of_arms(config: Any, out: Path) -> float:
     """CPU-seconds that all kept arms of these settings took, whenever they ran."""
-    files = (out / "arms" / _fingerprint(config)).glob("*.json")
-    return sum(json.loads(file.read_text())["cpu_seconds"] for file in files)
+    return sum(json.loads(file.read_text())["cpu_seconds"] for file in folder_of(config, out).glob("*.json"))
+
+
+def folder_of(config: Any, out: Path) -> Path:
+    """Where arms with these settings are kept: under a hash of what changes their results."""
+    settings = {key: value for key, value in asdict(config).items() if key not in NOT_SETTINGS}
+    return out / "arms" / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -146,11 +151,6 @@ def not_above(name: str, values: Sequence[float], bound: float) -> Check:
 
 def _report(progress: RunProgress, before: int, total: int, count: int) -> None:
     progress.update(min(before + count, total))
-
-
-def _fingerprint(config: Any) -> str:
-    settings = {key: value for key, value in asdict(config).items() if key not in NOT_SETTINGS}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _run_one(arm: Arm, config: Any, folder: Path, tick: Tick) -> None:

@@ -174,7 +174,7 @@ def judge(by_arm: dict[tuple[str, str], list[dict[str, Any]]], controls: list[fl
 @rc_context(STYLE)
 def draw(by_arm: dict[tuple[str, str], list[dict[str, Any]]], controls: list[float], floor: list[float]) -> Figure:
     """Distance over forwards; mean over seeds with their range."""
-    figure = Figure(figsize=(5.4, 3.4), layout="constrained", dpi=150)
+    figure = Figure(figsize=(6.6, 3.4), layout="constrained", dpi=150)
     axes = figure.subplots()
     for (curve, weight), seeds in by_arm.items():
         steps = [int(key) for key in seeds[0]["distance"]]
@@ -188,5 +188,5 @@ def draw(by_arm: dict[tuple[str, str], list[dict[str, Any]]], controls: list[flo
     axes.set_yscale("log")
     axes.set_xlabel("forwards of an image")
     axes.set_ylabel("Frechet distance")
-    axes.legend(fontsize=7)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from rlhub.data.digits import CLASSES, LEVELS
-from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
+from rlhub.labs import Arm, Check, Tick, Verdict, above, folder_of, run_arms
 from rlhub.plots import COLORS, STYLE
 from rlhub.progress import RunProgress
 
@@ -41,7 +41,7 @@ class Config:
 
 
 def run(config: Config, progress: RunProgress, out: Path) -> Verdict:
-    folder = str((out / "trained").resolve())
+    folder = str(folder_of(config, out).resolve())
     run_arms([Arm(f"base_seed{seed}", train_base, {"folder": folder, "seed": seed}, 1) for seed in config.seeds], config, progress, out)
     arms = [
         Arm(f"{kind}_seed{seed}", improve, {"folder": folder, "kind": kind, "seed": seed}, 1) for seed in config.seeds for kind in KINDS
