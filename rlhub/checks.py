@@ -38,6 +38,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_choices,
         _check_ranges,
         _check_sampler,
+        _check_engine,
         _check_algorithm,
         _check_layout,
         _check_parts,
@@ -65,6 +66,10 @@ def check_devices(recipe: Recipe) -> None:
     Raises:
         RecipeError: something is missing.
     """
+    if recipe.roles.engine == "vllm" and "RAY_ADDRESS" not in os.environ:
+        from rlhub.vllm_plugin import check_vllm
+
+        check_vllm()
     if recipe.model.path and not Path(recipe.model.path).is_dir():
         raise RecipeError(f"model.path: no folder {recipe.model.path!r}; download the checkpoint or set model.path to where it is")
     asking = [key for key in ("generator", "learner", "scorer", "reward_worker") if getattr(recipe.roles, f"gpus_per_{key}") > 0]
@@ -80,6 +85,7 @@ def check_devices(recipe: Recipe) -> None:
 _CHOICES = {
     "run.runtime": ["ray", "local"],
     "model.attention": ["sdpa", "flex", "flash"],
+    "roles.engine": ["torch", "vllm"],
     "model.rope.scaling": ["none", "ntk", "diffusion_ntk"],
     "model.dtype": ["float32", "bfloat16"],
     "sampler.early_stop": ["fill_eos", "off"],
@@ -220,6 +226,20 @@ def _check_sampler(recipe: Recipe) -> None:
     for record in sampler.records:
         if record not in TRACE:
             raise KeyedError(f"no such trace field {record!r}{did_you_mean(record, TRACE)}", "sampler.records")
+
+
+def _check_engine(recipe: Recipe) -> None:
+    if recipe.roles.engine != "vllm":
+        return
+    from rlhub.vllm_plugin import check_settings
+
+    if recipe.run.runtime != "ray":
+        raise KeyedError("vllm needs a process of its own, apart from the learner's; use run.runtime: ray", "roles.engine")
+    try:
+        check_settings(recipe.sampler)
+    except ValueError as error:
+        key, _, message = str(error).partition(": ")
+        raise KeyedError(message, key) from None
 
 
 def _check_schedule(recipe: Recipe) -> None:

@@ -189,6 +189,7 @@ class LearnerConfig:
 
 @dataclass
 class RolesConfig:
+    engine: str = "torch"  # of the generators: torch | vllm (docs/vllm.md)
     generators: int = 1
     learners: int = 1
     scorers: int = 1

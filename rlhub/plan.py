@@ -19,6 +19,7 @@ from rlhub.config import ModelConfig, Recipe, SamplerConfig
 from rlhub.errors import RecipeError
 from rlhub.memory import Memory, serving_memory, training_memory
 from rlhub.recipe import dump_recipe
+from rlhub.vllm_plugin import check_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -152,6 +153,7 @@ def make_plan(recipe: Recipe) -> Plan:
         notes=[
             *notes,
             *_sampler_notes(recipe),
+            *_engine_notes(recipe, network),
             *_block_notes(recipe, network, algorithm),
             *_notes(recipe, batch, algorithm.needs_reference),
         ],
@@ -420,6 +422,19 @@ def _sampler_notes(recipe: Recipe) -> list[str]:
     return [
         f"sampler.cache {cache} is approximate: rollouts come from another policy than the one that is trained, and objectives that need "
         "its exact log-probs are biased; workers.engines.agreement measures by how much"
+    ]
+
+
+def _engine_notes(recipe: Recipe, network: nn.Module) -> list[str]:
+    """Whether vLLM's rollouts are the torch engine's. Raises UserError where it does not serve the model."""
+    if recipe.roles.engine != "vllm":
+        return []
+    check_model(network)
+    if recipe.model.dtype == "float32":
+        return ["roles.engine vllm: rollouts are those of the torch engine, except where two choices are closer than rounding"]
+    return [
+        f"roles.engine vllm in {recipe.model.dtype} is not exact: rounding depends on what is batched together, so rollouts differ from "
+        "the torch engine's and from run to run; model.dtype float32 is exact"
     ]
 
 

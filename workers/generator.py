@@ -27,7 +27,7 @@ class Generator(GroupMember):
 
     Args:
         model_path: model folder; restarting rebuilds from it, after which the current weights must be received again.
-        engine: module of `workers.engines`.
+        engine: torch or vllm, a module of `workers.engines`.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Generator(GroupMember):
         model_path: str,
         run_seed: int,
         *,
-        engine: str = "torch_engine",
+        engine: str = "torch",
         device: str = "cpu",
         dtype: str = "float32",
         attention: str = "sdpa",
@@ -47,7 +47,7 @@ class Generator(GroupMember):
         self.noise = Noise(run_seed)
         self.network = load_network(Path(model_path), getattr(torch, dtype), device, merge_adapter=False)
         self.network.attention = attention
-        self.engine = importlib.import_module(f"workers.engines.{engine}").Engine(self.network, device, max_rows)
+        self.engine = importlib.import_module(f"workers.engines.{engine}_engine").Engine(self.network, device, max_rows)
         self.version = -1
 
     def generate(self, requests: Sequence[Request], settings: SamplerConfig, version: int) -> list[Rollout]:
@@ -63,11 +63,14 @@ class Generator(GroupMember):
     def receive(self, version: int, bucket_bytes: int, *buckets: np.ndarray) -> Receipt:
         """Adopt published weights and return the receipt for what is held now."""
         load_buckets(training_state(self.network), buckets, bucket_bytes)
-        self.version = version
-        return receipt_of(self.network, version, bucket_bytes)
+        return self._adopt(version, bucket_bytes)
 
     def receive_broadcast(self, version: int, bucket_bytes: int) -> Receipt:
         """Adopt the weights that the learner broadcasts to the weight group."""
         receive_state(self.member, training_state(self.network), bucket_bytes)
+        return self._adopt(version, bucket_bytes)
+
+    def _adopt(self, version: int, bucket_bytes: int) -> Receipt:
         self.version = version
+        self.engine.weights_changed()
         return receipt_of(self.network, version, bucket_bytes)

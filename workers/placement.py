@@ -195,7 +195,16 @@ def _spawn_all(recipe: Recipe, model_path: Path, runtime: Runtime, wanted: dict[
         for index in range(roles.scorers)
     ]
     generators = [
-        spawn("generator", index, Generator, roles.gpus_per_generator, model_path=str(model_path), run_seed=recipe.run.seed, **shared)
+        spawn(
+            "generator",
+            index,
+            Generator,
+            roles.gpus_per_generator,
+            model_path=str(model_path),
+            run_seed=recipe.run.seed,
+            engine=roles.engine,
+            **shared,
+        )
         for index in range(roles.generators)
     ]
     graders = [

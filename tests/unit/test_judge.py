@@ -127,6 +127,12 @@ def test_choices_and_the_request(server: Server, judge) -> None:
     }
 
 
+def test_choices_may_be_forced(server: Server, judge) -> None:
+    judge(["a x"], constrain=True, extra_body={"top_k": 3})
+    (body,) = server.requests["a"]
+    assert body["structured_outputs"] == {"choice": ["good", "bad"]} and body["top_k"] == 3
+
+
 def test_what_is_filled_in_is_not_filled_in_again(server: Server, judge) -> None:
     """A completion that writes {answer} is not shown the answer; other braces of the template stay."""
     template = '{completion} {prompt} {answer} {verdict} {"json": 1}'
@@ -248,6 +254,7 @@ def test_a_missing_answer_is_said(server: Server, judge) -> None:
         ({"choices": {}, "score": [1.0, 0.0]}, "score must be two numbers"),
         ({"pattern": "x"}, "pattern must be"),
         ({"pattern": "(x"}, "pattern must be"),
+        ({"choices": {}, "score": [0.0, 1.0], "constrain": True}, "constrain needs choices"),
         ({"attempts": 0}, "attempts must be at least 1"),
         ({"timeout_seconds": 0.0}, "timeout_seconds must be above 0"),
     ],

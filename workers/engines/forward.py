@@ -52,6 +52,8 @@ class Forward:
         self.model, self.slots, self.settings = model, slots, settings
         check_attention(settings, model.profile)
         self.block_causal = model.profile.attention == "block_causal"
+        # Blocks count from the prompt's first token where the model's attention does.
+        self.block_origin = settings.block_length if self.block_causal else 1
         self.shift = model.profile.logit_shift
         num_slots, width = slots.tokens.shape
         self.doubles = num_slots * (settings.guidance != 0)  # slot s has its double at doubles + s

@@ -53,21 +53,43 @@ class Engine:
             DataError: a prompt with its canvas exceeds the model's context.
             ValueError: the settings do not fit together.
         """
-        for request in requests:
-            if len(request.prompt_ids) + settings.length > self.model.max_length:
-                raise DataError(
-                    f"prompt of {len(request.prompt_ids)} tokens plus a canvas of {settings.length} exceeds the model's context of "
-                    f"{self.model.max_length}; shorten the prompt or sampler.length"
-                )
+        check_context(requests, settings, self.model.max_length)
         if not requests:
             return []
         return Rows(self, requests, settings, noise, version).run(on_step)
 
+    def weights_changed(self) -> None:
+        """The model has other weights than at the last call; nothing is kept between calls."""
+
+
+def check_context(requests: Sequence[Request], settings: SamplerConfig, max_length: int) -> None:
+    """Raises DataError where a prompt with its canvas exceeds a context of `max_length` tokens."""
+    for request in requests:
+        if len(request.prompt_ids) + settings.length > max_length:
+            raise DataError(
+                f"prompt of {len(request.prompt_ids)} tokens plus a canvas of {settings.length} exceeds the model's context of "
+                f"{max_length}; shorten the prompt or sampler.length"
+            )
+
 
 class Rows:
-    """The requests of one call on their way through the slots, which they occupy in turn."""
+    """The requests of one call on their way through the slots, which they occupy in turn.
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], settings: SamplerConfig, noise: Noise, version: int) -> None:
+    Args:
+        forward: makes what runs the model, from the model, the slots and the settings; see `workers.engines.forward`.
+        num_slots: None is the engine's `max_rows`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        settings: SamplerConfig,
+        noise: Noise,
+        version: int,
+        forward: Callable[..., Forward] = Forward,
+        num_slots: int | None = None,
+    ) -> None:
         self.model, self.device = engine.model, engine.device
         self.requests, self.settings, self.noise, self.version = requests, settings, noise, version
         self.sampler = load_part("samplers", settings.name)
@@ -83,16 +105,14 @@ class Rows:
             banned=(self.model.mask_id, *([self.model.eos_id] if settings.eos == "never" else [])),
         )
         self.streams: dict[str, Stream] = {}
-        count, length = min(len(requests), engine.max_rows), settings.length
+        count, length = min(len(requests), num_slots or engine.max_rows), settings.length
 
         def array(*shape: int, fill: float = 0, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.full((count, *shape), fill, dtype=dtype, device=self.device)
 
         longest = max(len(request.prompt_ids) for request in requests)
         self.slots = Slots(array(longest + length), *(array() for _ in range(6)))
-        self.forward = Forward(self.model, self.slots, settings)
-        # Blocks count from the prompt's first token where the model's attention does.
-        self.block_origin = settings.block_length if self.forward.block_causal else 1
+        self.forward = forward(self.model, self.slots, settings)
         self.trace = {
             "unmask_step": array(length, fill=NEVER, dtype=torch.int16),
             "logp_sample": array(length, fill=torch.nan, dtype=torch.float32),
@@ -136,7 +156,7 @@ class Rows:
         self.occupant[slot] = index
         slots.tokens[slot, : len(prompt)] = torch.from_numpy(np.asarray(prompt, dtype=np.int64)).to(self.device)
         slots.tokens[slot, len(prompt) : len(prompt) + self.settings.length] = self.model.mask_id
-        slots.prompt_length[slot], slots.first[slot] = len(prompt), -(len(prompt) % self.block_origin)
+        slots.prompt_length[slot], slots.first[slot] = len(prompt), -(len(prompt) % self.forward.block_origin)
         slots.block[slot] = slots.step[slot] = slots.idle[slot] = slots.forwards[slot] = 0
         for name, values in self.trace.items():
             values[slot] = self.empty[name]
