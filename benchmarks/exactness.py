@@ -70,7 +70,7 @@ def main(run: Path, rollouts: int, samplers: tuple[str, ...], temperatures: tupl
                 "different_rollouts": different,
                 "different_without_a_near_tie": unexplained,
             }
-            failed |= unexplained > 0 or ties >= 1e-5 * len(margins) and ties > 1
+            failed |= unexplained > 0 or (ties >= 1e-5 * len(margins) and ties > 1)
             click.echo(json.dumps(row) if as_json else "  ".join(f"{name} {value}" for name, value in row.items()))
     sys.exit(int(failed))
 
