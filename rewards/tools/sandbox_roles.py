@@ -128,7 +128,7 @@ class Program:
         self.calls, self.replies, self.gone = calls, replies, ""
         try:
             self._receive()
-        except Exception as error:
+        except Exception as error:  # the program raises what it likes, and what is left of the pipe is not to be trusted either
             raise ProgramGone(f"the program does not load: {type(error).__name__}: {error}") from None
 
     def name(self, name: str) -> Any:
@@ -288,7 +288,7 @@ def _function_tests(payload: dict[str, Any], program: Program, report: Report) -
     def tally(number: int) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # any exception of the program under test fails the test
             failed.setdefault(number, _failure(f"test {number} of {len(lines)}", error))
         else:
             met.add(number)
@@ -315,7 +315,7 @@ def _function_tests(payload: dict[str, Any], program: Program, report: Report) -
         random.seed(0)  # of this throw-away process: tests that draw their cases must draw the same ones for every program
         try:
             check(candidate)
-        except Exception as error:
+        except Exception as error:  # any exception of the program under test fails the test
             at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "tests.py"][-1]
             return _failure(f"test {lines.index(at) + 1} of {len(lines)}" if at in lines else f"line {at} of the tests", error)
         return failed[min(failed)] if failed else ""
@@ -359,7 +359,7 @@ def _assert_tests(payload: dict[str, Any], program: Program, report: Report) -> 
     for number, unit in enumerate(units, start=1):
         try:
             exec(unit, space)
-        except Exception as error:
+        except Exception as error:  # any exception of the program under test fails the test
             first = first or _failure(f"test {number} of {len(units)}", error)
             if not payload["partial"]:
                 break

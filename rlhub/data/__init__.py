@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rlhub.errors import DataError, RecipeError
+from rlhub.noise import Noise
 from rlhub.parts import load_part, part_config
 from rlhub.types import Example
 
@@ -82,6 +84,25 @@ def task_tokenizer(name: str, config: dict[str, Any]) -> PreTrainedTokenizerFast
     """The tokenizer of a task with its own vocabulary; None when the task is text for the model's tokenizer."""
     module, checked = _load(name, config)
     return module.tokenizer(checked) if "tokenizer" in vars(module) else None
+
+
+def finite_task(name: str, split: Split, description: str, examples: Sequence[Example], seed: int) -> Task:
+    """The split that holds these examples: in their order for testing, in epochs that are each shuffled anew for training.
+
+    Example:
+        >>> task = finite_task("letters", "train", "two letters", [Example(0, "a", {}), Example(1, "b", {})], seed=0)
+        >>> sorted(task.example(index).prompt for index in (2, 3))
+        ['a', 'b']
+    """
+    if split == "test":
+        return Task(name, split, description, examples.__getitem__, len(examples))
+    order = lru_cache(maxsize=2)(lambda epoch: Noise(seed).generator(f"data/{name}/order", uid=epoch).permutation(len(examples)))
+
+    def example(index: int) -> Example:
+        epoch, place = divmod(index, len(examples))
+        return examples[order(epoch)[place]]
+
+    return Task(name, split, description, example, len(examples))
 
 
 def held_out(problem: str, one_in: int) -> bool:

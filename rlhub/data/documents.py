@@ -7,14 +7,12 @@ From a text file (one document), a folder of .txt and .md files (one each), JSON
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhub.data import Split, Task, held_out
+from rlhub.data import Split, Task, finite_task, held_out
 from rlhub.data.jsonl import existing, load_rows
 from rlhub.errors import DataError
-from rlhub.noise import Noise
 from rlhub.types import Example
 
 if TYPE_CHECKING:
@@ -56,15 +54,7 @@ def build(config: Config, split: Split, seed: int) -> Task:
         raise DataError(f"{config.path}: no documents to train on")
     examples = [Example(index, "", {}, text) for index, text in enumerate(texts)]
     description = f"{Path(config.path).name}, {len(examples)} documents"
-    if split == "test":
-        return Task("documents", split, description, examples.__getitem__, len(examples))
-    order = lru_cache(maxsize=2)(lambda epoch: Noise(seed).generator("data/documents/order", uid=epoch).permutation(len(examples)))
-
-    def example(index: int) -> Example:
-        epoch, place = divmod(index, len(examples))
-        return examples[order(epoch)[place]]
-
-    return Task("documents", split, description, example, len(examples))
+    return finite_task("documents", split, description, examples, seed)
 
 
 def tokenizer(config: Config) -> PreTrainedTokenizerFast | None:

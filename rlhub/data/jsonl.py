@@ -9,15 +9,11 @@ from __future__ import annotations
 import gzip
 import json
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from rlhub.data import Split, Task
+from rlhub.data import Split, Task, finite_task
 from rlhub.errors import DataError
-from rlhub.noise import Noise
 from rlhub.types import Example
 
 JSON_LINES = (".jsonl", ".json", ".gz")
@@ -53,15 +49,7 @@ def build(config: Config, split: Split, seed: int) -> Task:
         raise DataError(f"{config.path}: no rows")
     examples = [_example(config, index, number, row) for index, (number, row) in enumerate(rows[: config.limit])]
     description = f"{Path(config.path).name if _is_file(config.path) else config.path}, {len(examples)} rows"
-    if split == "test":
-        return Task("jsonl", split, description, examples.__getitem__, len(examples))
-    order = lru_cache(maxsize=2)(partial(_order, Noise(seed), len(examples)))
-
-    def example(index: int) -> Example:
-        epoch, place = divmod(index, len(examples))
-        return examples[order(epoch)[place]]
-
-    return Task("jsonl", split, description, example, len(examples))
+    return finite_task("jsonl", split, description, examples, seed)
 
 
 def read_jsonl(path: str) -> list[tuple[int, dict[str, Any]]]:
@@ -146,7 +134,3 @@ def _fill(template: str, row: dict[str, Any], where: str) -> str:
         raise DataError(f"{where}: the template needs a field {error}; the row has: {', '.join(row) or 'none'}") from error
     except ValueError as error:
         raise DataError(f"the template {template!r} is malformed ({error}); write {{{{ and }}}} for plain braces") from error
-
-
-def _order(noise: Noise, size: int, epoch: int) -> np.ndarray:
-    return np.argsort(noise.uniform("data/jsonl/order", size, uid=epoch), kind="stable")

@@ -18,14 +18,12 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhub.data import Split, Task, held_out
+from rlhub.data import Split, Task, finite_task, held_out
 from rlhub.data.jsonl import JSON_LINES, existing, load_rows
 from rlhub.errors import DataError
-from rlhub.noise import Noise
 from rlhub.types import Example
 
 if TYPE_CHECKING:
@@ -200,15 +198,7 @@ def build(config: Config, split: Split, seed: int) -> Task:
         Example(index, one.prompt, dict(zip(names, one.responses, strict=True)), one.responses[0]) for index, one in enumerate(good)
     ]
     description = f"{Path((test_source(config) or config).path).name}, {len(good)} {split} rows"
-    if split == "test":
-        return Task("preferences", split, description, examples.__getitem__, len(examples))
-    order = lru_cache(maxsize=2)(lambda epoch: Noise(seed).generator("data/preferences/order", uid=epoch).permutation(len(examples)))
-
-    def example(index: int) -> Example:
-        epoch, place = divmod(index, len(examples))
-        return examples[order(epoch)[place]]
-
-    return Task("preferences", split, description, example, len(examples))
+    return finite_task("preferences", split, description, examples, seed)
 
 
 def tokenizer(config: Config) -> PreTrainedTokenizerFast | None:
