@@ -40,9 +40,9 @@ def variance(recipe: str, overrides: tuple[str, ...], as_json: bool, **request: 
     """
     from rich.console import Console
 
-    from rlhub.bench import Request, show
-    from rlhub.bench import variance as measure
     from rlhub.recipe import load_recipe
+    from rlhub.variance.measure import Request, show
+    from rlhub.variance.measure import variance as measure
 
     result = measure(load_recipe(recipe, overrides), Request(**request), Console(stderr=True))
     if as_json:

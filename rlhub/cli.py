@@ -217,7 +217,7 @@ def pairs(path: Path, overrides: tuple[str, ...], out: Path, prompts: int, recip
       rlhub pairs runs/sort --out runs/sort_pairs.jsonl
       rlhub pairs exported/ --recipe recipes/sort.yaml --out pairs.jsonl --prompts 4096 algorithm.completions_per_prompt=4
     """
-    from rlhub.pair_sampling import sample_pairs
+    from rlhub.pairs.sampling import sample_pairs
 
     click.echo(sample_pairs(path, out, prompts, list(overrides), recipe_path))
 

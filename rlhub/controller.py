@@ -20,8 +20,8 @@ from collections.abc import Callable
 from rlhub.batching import make_batch
 from rlhub.health import rollout_metrics
 from rlhub.packing import pack_documents
-from rlhub.pair_reference import open_reference
 from rlhub.pairs import PairOrder, pair_order
+from rlhub.pairs.reference import open_reference
 from rlhub.pipeline import ONLINE, demonstration_batch, generate, grade, grade_states, issue, shuffle_grades
 from rlhub.run_state import Session
 from rlhub.sft import cut_at_random, family_weight, supervised_algorithm, supervised_batch

@@ -119,7 +119,7 @@ def evaluate_choices(path: Path, config: Config, out: Path | None = None, progre
     """
     from rlhub.api import load_model
     from rlhub.checkpoint import resolve_model_path
-    from rlhub.reference_cache import weights_hash
+    from rlhub.pairs.reference_cache import weights_hash
 
     folder = resolve_model_path(Path(path))
     model = load_model(folder, config.device)

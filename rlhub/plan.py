@@ -259,8 +259,8 @@ def _absent_data(recipe: Recipe) -> str | None:
 def _pairs(recipe: Recipe, algorithm: Algorithm, tokenizer: Any, context: int, absent: str | None) -> PairsPlan:
     """Epochs, noise plans and what the reference costs, from the data where it is there."""
     from rlhub.data.preferences import load_preferences
-    from rlhub.pair_reference import cache_folder
     from rlhub.pairs import encode, pair_order, source_config
+    from rlhub.pairs.reference import cache_folder
 
     source, limit = source_config(recipe), min(recipe.pairs.max_tokens or context, context)
     group = 1 if recipe.algorithm.advantage["name"] == "labels" else 2

@@ -33,8 +33,8 @@ from rlhub.plots import COLORS, STYLE
 from rlhub.progress import RunProgress
 from rlhub.scoring import token_log_probs
 from rlhub.types import Batch, Views
-from rlhub.variance import Exact
-from rlhub.variance_lab import small_problem
+from rlhub.variance.estimates import Exact
+from rlhub.variance.laboratory import small_problem
 from rlhub.views import elbo, time_form
 
 KIND = "identity"

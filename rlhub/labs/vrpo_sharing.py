@@ -29,8 +29,8 @@ from rlhub.noise import Noise
 from rlhub.plots import COLORS, STYLE
 from rlhub.progress import RunProgress
 from rlhub.types import Batch
-from rlhub.variance import replicate_variance
-from rlhub.variance_lab import CELLS, Draws, Setting, pools_of
+from rlhub.variance.estimates import replicate_variance
+from rlhub.variance.laboratory import CELLS, Draws, Setting, pools_of
 from rlhub.views import elbo
 
 KIND = "statistical"

@@ -11,7 +11,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from rlhub.bench import trajectory
 from rlhub.checkpoint import save_network, write_manifest
 from rlhub.cli import main
 from rlhub.models.llada import Config, LLaDA
@@ -19,8 +18,8 @@ from rlhub.noise import Noise
 from rlhub.oracle import forward
 from rlhub.tokenizers import word_level
 from rlhub.types import Batch
-from rlhub.variance import Exact, best_edges, cell_values, components, replicate_variance
-from rlhub.variance_lab import (
+from rlhub.variance.estimates import Exact, best_edges, cell_values, components, replicate_variance
+from rlhub.variance.laboratory import (
     CELLS,
     Draws,
     Laboratory,
@@ -33,6 +32,7 @@ from rlhub.variance_lab import (
     pools_of,
     small_problem,
 )
+from rlhub.variance.measure import trajectory
 from rlhub.views import adaptive, coupled, elbo, time_form
 
 BETA = 0.2

@@ -40,7 +40,7 @@ from rlhub.noise import Noise
 from rlhub.parts import load_part, part_names
 from rlhub.progress import RunProgress
 from rlhub.samplers import MASK_RATIO
-from rlhub.variance import Exact
+from rlhub.variance.estimates import Exact
 from rlhub.views import mask_ratio
 
 YES, NO, OPEN = (Check("condition", passed, "") for passed in (True, False, None))

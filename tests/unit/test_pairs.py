@@ -23,8 +23,8 @@ from rlhub.config import Recipe
 from rlhub.errors import DataError, RecipeError
 from rlhub.metrics import read_metrics, without_clocks
 from rlhub.noise import Noise
-from rlhub.pair_sampling import best_and_worst, sample_pairs
 from rlhub.pairs import Pairs
+from rlhub.pairs.sampling import best_and_worst, sample_pairs
 from rlhub.recipe import load_recipe
 from rlhub.run import train
 from rlhub.scoring import micro_batch_log_probs, token_log_probs

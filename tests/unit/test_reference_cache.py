@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from rlhub import reference_cache
 from rlhub.algorithm import Algorithm
 from rlhub.config import AlgorithmConfig
 from rlhub.errors import CheckpointError
 from rlhub.noise import Noise
-from rlhub.pairs import PairOrder, Pairs
-from rlhub.reference_cache import ReferenceCache, cache_key, weights_hash
+from rlhub.pairs import PairOrder, Pairs, reference_cache
+from rlhub.pairs.reference_cache import ReferenceCache, cache_key, weights_hash
 from rlhub.types import Batch, LogLikelihood
 
 N, K = 23, 3  # pairs, which make five steps of 4, 5, 4, 5 and 5

@@ -11,7 +11,7 @@ import numpy as np
 from rlhub.algorithm import Algorithm
 from rlhub.config import Recipe
 from rlhub.pairs import PairOrder, Pairs
-from rlhub.reference_cache import ReferenceCache, cache_key, concatenated, weights_hash
+from rlhub.pairs.reference_cache import ReferenceCache, cache_key, concatenated, weights_hash
 from rlhub.types import Batch, LogLikelihood
 
 FOLDER = "reference_cache"  # below run.output_dir

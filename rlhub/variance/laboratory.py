@@ -30,7 +30,16 @@ from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.scoring import micro_batch_log_probs, token_log_probs
 from rlhub.types import Batch, Views
-from rlhub.variance import Exact, best_edges, cell_values, components, estimate_variance, logistic_loss, loss_excess, replicate_variance
+from rlhub.variance.estimates import (
+    Exact,
+    best_edges,
+    cell_values,
+    components,
+    estimate_variance,
+    logistic_loss,
+    loss_excess,
+    replicate_variance,
+)
 from rlhub.views import adaptive, mask_level
 
 BUDGET = 8  # forwards of a sequence and model in the largest cells, the paper's

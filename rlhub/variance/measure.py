@@ -23,7 +23,7 @@ from rlhub.model_files import is_model_folder, load_network
 from rlhub.pairs import Pairs, encode, load_pairs
 from rlhub.progress import RunProgress
 from rlhub.tokenizers import load_tokenizer
-from rlhub.variance_lab import BUDGET, Laboratory, Setting, exact_cells, exact_laws, exact_scores, small_problem
+from rlhub.variance.laboratory import BUDGET, Laboratory, Setting, exact_cells, exact_laws, exact_scores, small_problem
 
 MANY = 12  # checkpoints of a run that are measured, spread evenly in the logarithm of the step
 FIRST_SCORE = 0.02  # the mean absolute score from which a policy counts as having left its reference
@@ -276,7 +276,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def _write(result: dict[str, Any]) -> None:
-    from rlhub.variance_plot import draw_variance
+    from rlhub.variance.plot import draw_variance
 
     out, policies = Path(result["out"]), result["policies"]
     out.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 A pair is a group of two samples with rewards (1, 0), so every advantage, view, likelihood and objective takes it as it takes rollouts;
 an unpaired sample is a group of one. The uid of a sample names its row of the data, so noise is keyed by the row and not by the step,
-and the estimates of a frozen reference can be kept (`rlhub.reference_cache`).
+and the estimates of a frozen reference can be kept (`rlhub.pairs.reference_cache`).
 """
 
 from __future__ import annotations
