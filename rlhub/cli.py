@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 
 import click
 
-from rlhub.bench_cli import bench
+from rlhub.commands.bench import bench
+from rlhub.commands.lab import lab
+from rlhub.commands.model import model
+from rlhub.commands.reward import reward
 from rlhub.errors import UserError
-from rlhub.lab_cli import lab
-from rlhub.model_cli import model
-from rlhub.reward_cli import reward
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 WIDE = 130  # columns of a table that goes into a file or a pipe
@@ -174,7 +174,7 @@ def sample(path: Path, rest: tuple[str, ...], file: Path | None, html: Path | No
       rlhub sample runs/sort --file prompts.txt --html timeline.html sampler.name=threshold
     """
     prompts, overrides = split_prompts(rest)
-    from rlhub.display import show_sample
+    from rlhub.reports.display import show_sample
 
     show_sample(path, prompts, overrides, file, html)
 
@@ -251,11 +251,11 @@ def report(runs: tuple[Path, ...], plot: Path | None) -> None:
       rlhub report runs/espo runs/diffu_grpo
       rlhub report runs/quickstart --plot docs/quickstart.png
     """
-    from rlhub.report import write_report
+    from rlhub.reports.page import write_report
 
     click.echo(write_report(list(runs)))
     if plot is not None:
-        from rlhub.report import save_accuracy_plot
+        from rlhub.reports.page import save_accuracy_plot
 
         click.echo(save_accuracy_plot(list(runs), plot))
 

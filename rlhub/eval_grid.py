@@ -31,8 +31,8 @@ from rlhub.errors import DataError, RecipeError, UserError
 from rlhub.evals import evaluation_crew, evaluation_recipe, measure, num_test_problems
 from rlhub.metrics import plain, replace_text, wilson_interval
 from rlhub.parts import load_part, part_config
-from rlhub.plots import COLORS, INK, STYLE, Plot
 from rlhub.progress import RunProgress, accuracy_text
+from rlhub.reports.plots import COLORS, INK, STYLE, Plot
 
 SCHEMA = 1
 NAME = "eval_grid.json"

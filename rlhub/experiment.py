@@ -35,9 +35,9 @@ from rich.table import Table
 
 from rlhub.errors import RecipeError
 from rlhub.metrics import Summary, read_metrics, replace_text, summarize
-from rlhub.plots import PANELS, Group, draw_panel
 from rlhub.recipe import load_recipe
-from rlhub.report import write_report
+from rlhub.reports.page import write_report
+from rlhub.reports.plots import PANELS, Group, draw_panel
 
 BASE = "base"
 

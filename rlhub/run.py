@@ -29,7 +29,7 @@ from rlhub.parts import load_part
 from rlhub.plan import format_plan, make_plan
 from rlhub.progress import RunProgress, summary_panel
 from rlhub.recipe import dump_recipe, load_recipe, validate
-from rlhub.report import write_report
+from rlhub.reports.page import write_report
 from rlhub.run_state import Session, StopRequest, last_position
 from rlhub.tokenizers import load_tokenizer
 from rlhub.trackers import Trackers

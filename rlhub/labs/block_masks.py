@@ -30,8 +30,8 @@ from rlhub.labs import Arm, Check, Tick, Verdict, run_arms
 from rlhub.models import llada2, sdar
 from rlhub.models.cache import CacheView
 from rlhub.noise import Noise
-from rlhub.plots import COLORS, STYLE
 from rlhub.progress import RunProgress
+from rlhub.reports.plots import COLORS, STYLE
 from rlhub.types import Layout, Rollout, Views
 from rlhub.views import elbo
 

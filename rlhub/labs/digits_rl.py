@@ -24,8 +24,8 @@ from rich.console import Console
 
 from rlhub.data.digits import CLASSES, LEVELS
 from rlhub.labs import Arm, Check, Tick, Verdict, above, folder_of, run_arms
-from rlhub.plots import COLORS, STYLE
 from rlhub.progress import RunProgress
+from rlhub.reports.plots import COLORS, STYLE
 
 KIND = "statistical"
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits.yaml"

@@ -29,8 +29,8 @@ from rlhub.lab_training import SFT, batch_of, counted, sample, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.models import llada2
 from rlhub.noise import Noise
-from rlhub.plots import COLORS, STYLE
 from rlhub.progress import RunProgress
+from rlhub.reports.plots import COLORS, STYLE
 from rlhub.scoring import micro_batch_log_probs
 from rlhub.types import Request, Rollout, Views
 

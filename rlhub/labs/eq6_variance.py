@@ -29,8 +29,8 @@ from rlhub.batching import Row, build_views
 from rlhub.labs import Arm, Check, Tick, Verdict, run_arms
 from rlhub.likelihoods import sequence_draws
 from rlhub.noise import Noise
-from rlhub.plots import COLORS, STYLE
 from rlhub.progress import RunProgress
+from rlhub.reports.plots import COLORS, STYLE
 from rlhub.scoring import token_log_probs
 from rlhub.types import Batch, Views
 from rlhub.variance.estimates import Exact

@@ -29,8 +29,8 @@ from rlhub.labs import Arm, Check, Tick, Verdict, above, not_above, run_arms
 from rlhub.models import llada_moe
 from rlhub.models.experts import Routing, record_routing, routers
 from rlhub.noise import Noise
-from rlhub.plots import COLORS, STYLE
 from rlhub.progress import RunProgress
+from rlhub.reports.plots import COLORS, STYLE
 from rlhub.routing import LEVELS, auxiliary_loss, masked_share, router_metrics, router_sums
 from rlhub.scoring import micro_batch_log_probs
 from rlhub.types import Batch, Views

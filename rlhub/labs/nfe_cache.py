@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from rlhub.config import SamplerConfig
 from rlhub.lab_training import sample, tiny_llada
 from rlhub.labs import Arm, Check, Tick, Verdict, run_arms
-from rlhub.plots import COLORS, STYLE
 from rlhub.progress import RunProgress
+from rlhub.reports.plots import COLORS, STYLE
 
 KIND = "identity"
 VOCABULARY = 16

@@ -29,8 +29,8 @@ from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.models import llada
 from rlhub.models.rope import extend
 from rlhub.noise import Noise
-from rlhub.plots import COLORS, STYLE
 from rlhub.progress import RunProgress
+from rlhub.reports.plots import COLORS, STYLE
 from rlhub.views import elbo
 
 KIND = "statistical"

@@ -29,8 +29,8 @@ from rlhub.config import OptimizerConfig, SamplerConfig
 from rlhub.lab_training import batch_of, causal_layout, masked_loss, sample, tiny_llada, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.noise import Noise
-from rlhub.plots import COLORS, STYLE
 from rlhub.progress import RunProgress
+from rlhub.reports.plots import COLORS, STYLE
 from rlhub.types import Batch
 from rlhub.views import elbo
 

@@ -34,8 +34,8 @@ from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.model_files import load_network, save_network
 from rlhub.models import dream
 from rlhub.noise import Noise
-from rlhub.plots import COLORS, STYLE
 from rlhub.progress import RunProgress
+from rlhub.reports.plots import COLORS, STYLE
 from rlhub.types import Batch
 from rlhub.views import elbo
 

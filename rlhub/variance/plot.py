@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from rlhub.plots import COLORS, INK, STYLE, Plot
+from rlhub.reports.plots import COLORS, INK, STYLE, Plot
 
 PRIMARY = "8 x 1"
 TITLE = "Variance of the preference score"

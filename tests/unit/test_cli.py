@@ -176,7 +176,7 @@ def test_eval_prints_what_it_measured(monkeypatch):
 
 def test_sample_tells_prompts_from_overrides(monkeypatch):
     seen = []
-    replace(monkeypatch, "rlhub.display", show_sample=lambda *arguments: seen.append(arguments))
+    replace(monkeypatch, "rlhub.reports.display", show_sample=lambda *arguments: seen.append(arguments))
     run("sample", "runs/a", "3 7 = 10 :", "sampler.temperature=0", "4", "--html", "t.html")
     run("sample", "runs/a", "--file", "prompts.txt")
     assert seen[0] == (Path("runs/a"), ["3 7 = 10 :", "4"], ["sampler.temperature=0"], None, Path("t.html"))
@@ -186,7 +186,7 @@ def test_sample_tells_prompts_from_overrides(monkeypatch):
 
 def test_export_and_report_print_where_they_wrote(monkeypatch):
     replace(monkeypatch, "rlhub.checkpoint", export=lambda run, out, adapter_only: out / run.name)
-    replace(monkeypatch, "rlhub.report", write_report=lambda runs: Path("-".join(run.name for run in runs)))
+    replace(monkeypatch, "rlhub.reports.page", write_report=lambda runs: Path("-".join(run.name for run in runs)))
     assert run("export", "runs/a", "out").stdout == "out/a\n"
     assert run("report", "runs/a", "runs/b").stdout == "a-b\n"
 

@@ -15,12 +15,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 import rlhub
-from rlhub import display
 from rlhub.checkpoint import save_network, write_manifest
 from rlhub.cli import main
 from rlhub.config import Recipe
-from rlhub.display import show_row
 from rlhub.models.llada import Config, LLaDA
+from rlhub.reports import display
+from rlhub.reports.display import show_row
 from rlhub.rollout_log import dump_rollouts, rollout_path
 from rlhub.tokenizers import word_level
 

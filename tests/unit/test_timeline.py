@@ -12,8 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rlhub.reports.timeline import (
+    active_block,
+    block_offset,
+    confidence_color,
+    denoising_frames,
+    settings_text,
+    timeline_data,
+    write_timelines,
+)
 from rlhub.rollout_log import dump_rollouts, read_rollouts
-from rlhub.timeline import active_block, block_offset, confidence_color, denoising_frames, settings_text, timeline_data, write_timelines
 from rlhub.types import NEVER, Rollout
 
 WORDS = ["a", "b", "<i>c</i>", "</script><script>alert(1)</script>", "e\nf", "<eos>", "<mask>"]

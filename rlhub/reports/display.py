@@ -20,8 +20,7 @@ from rewards.tools.text import plain as plain_prompt
 from rlhub.config import SamplerConfig
 from rlhub.errors import DataError, UserError
 from rlhub.parts import assign, flatten, load_part
-from rlhub.rollout_log import read_rollouts, rollout_files, rollout_row, token_namer, token_strings
-from rlhub.timeline import (
+from rlhub.reports.timeline import (
     CONFIDENCE_COLORS,
     VISIBLE,
     Cell,
@@ -32,6 +31,7 @@ from rlhub.timeline import (
     settings_text,
     write_timelines,
 )
+from rlhub.rollout_log import read_rollouts, rollout_files, rollout_row, token_namer, token_strings
 from rlhub.types import NEVER, Rollout
 
 MASK = "\u2591"

@@ -19,10 +19,10 @@ from omegaconf import OmegaConf
 from rlhub.errors import CheckpointError, DataError
 from rlhub.metrics import Row, Summary, read_metrics, replace_text, series, summarize
 from rlhub.parts import flatten
-from rlhub.plots import PANELS, Group, draw_panel, draw_plots
 from rlhub.progress import accuracy_text, clock_text, describe_test_set, gain_text
+from rlhub.reports.plots import PANELS, Group, draw_panel, draw_plots
+from rlhub.reports.timeline import render, timeline_data
 from rlhub.rollout_log import read_rollouts, rollout_files
-from rlhub.timeline import render, timeline_data
 
 SAMPLES_PER_DUMP = 6
 UNCOMPARED = ("run.name", "run.output_dir", "run.seed", "about")
