@@ -131,6 +131,7 @@ def published_generate(
         masked = tokens == mask
         count = block // steps_per_block + (number % steps_per_block < block % steps_per_block)
         logits = plain_logits(network, tokens)
+        probability = F.softmax(logits, dim=-1)
         logits[..., mask] = -torch.inf
         noised = logits
         if temperature > 0:
@@ -138,7 +139,7 @@ def published_generate(
             noise = torch.rand(wide.shape, dtype=torch.float64, generator=generator)
             noised = wide.exp() / (-torch.log(noise)) ** temperature
         predicted = noised.argmax(-1)
-        confidence = F.softmax(logits, dim=-1).gather(-1, predicted[..., None]).squeeze(-1)
+        confidence = probability.gather(-1, predicted[..., None]).squeeze(-1)
         confidence[:, end:] = -torch.inf
         confidence = torch.where(masked, confidence, -torch.inf)
         if margins is not None:
@@ -171,9 +172,10 @@ def window_generate(network: torch.nn.Module, prompts: Tensor, canvas: int, step
         for step in range(steps_per_block):
             count = block // steps_per_block + (step < block % steps_per_block)
             logits = network.head(network.denoise(tokens.flatten(), pack_layout([end] * batch))).view(batch, end, -1)
+            probability = F.softmax(logits, dim=-1)
             logits[..., mask] = -torch.inf
             predicted = logits.argmax(-1)
-            confidence = F.softmax(logits, dim=-1).gather(-1, predicted[..., None]).squeeze(-1)
+            confidence = probability.gather(-1, predicted[..., None]).squeeze(-1)
             confidence = torch.where(tokens == mask, confidence, -torch.inf)
             for row in range(batch):
                 chosen = confidence[row].topk(count).indices

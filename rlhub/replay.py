@@ -100,7 +100,7 @@ def replayed_log_probs(
     network: torch.nn.Module, views: Views, run: MicroBatch, states: Sequence[State], device: torch.device | str = "cpu"
 ) -> Tensor:
     """fp32 [m], the log-probs of one micro-batch under the network as the sampler takes them: guided where the rollout was (SMDM,
-    arXiv 2410.18514, Eq. 7), and without the tokens that could not be drawn."""
+    arXiv 2410.18514, Eq. 7)."""
     begin, end = (int(views.layout.row_offsets[row]) for row in (run.first_row, run.last_row))
     layout = to_device(slice_layout(views.layout, run.first_row, run.last_row), device)
     scores = slice(run.first_score, run.last_score)
@@ -115,9 +115,6 @@ def replayed_log_probs(
         hidden = torch.where(place < torch.repeat_interleave(starts, lengths), network.mask_id, tokens)
         blind = network.head(network.denoise(hidden, layout), places).float()
         logits = torch.where(weight[:, None] > 0, blind + (weight[:, None] + 1) * (logits - blind), logits)
-    logits[:, network.mask_id] = -torch.inf
-    never = torch.tensor([states[row][0].sampler.get("eos") == "never" for row in views.sample.tolist()])[rows].to(device)
-    logits[never, network.eos_id] = -torch.inf
     return logits.log_softmax(-1).gather(1, views.score_target[scores].to(device)[:, None]).squeeze(1)
 
 

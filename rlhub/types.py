@@ -80,7 +80,7 @@ class Rollout:
 
     `completion_ids` is the whole canvas, with the mask id where a position was never filled; `length` counts tokens through the
     first EOS. `logp_sample` is the log-prob of each token under the law that drew it (tempered), `logp_model` under the model at
-    temperature 1, both at the step that committed it; NaN where never filled.
+    temperature 1 over the whole vocabulary, as training computes it, both at the step that committed it; NaN where never filled.
 
     The trace fields are there when the sampler or `sampler.records` asks for them. Where a sampler edits tokens, `unmask_step` keeps the
     step that first filled a position, and the log-probs, `entropy` and `order` are those of the token that stands.

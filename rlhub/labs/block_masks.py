@@ -4,8 +4,7 @@ Source: BD3-LM (arXiv 2503.09573), section 3; LLaDA2.0 (arXiv 2512.15745) and SD
 Experiment: random networks of both families with blocks of four, prompts of every length modulo four. Masked tokens of all blocks are
     scored in one pass over [clean | noisy] rows with the views `elbo`; once more in a plain row per block, the blocks before it clean and
     nothing behind it; and once more with a cache, in which each block is denoised and then stored clean. The rollouts of the sampler
-    `block`, which decodes with that cache, are replayed with one [clean | noisy] row for the n-th steps of all blocks, under the law
-    that the engine samples and records: the model's without the mask token.
+    `block`, which decodes with that cache, are replayed with one [clean | noisy] row for the n-th steps of all blocks.
 Control: the same rows read with full attention, and with the grid of blocks shifted by half a block. Both must change the logits.
 Pass: logits differ by less than 1e-5, and the log-probs that a rollout recorded from those of its replay by less than 1e-5 nats, on every
     seed and family. Control: the largest difference lies above 1e-3 for both wrong masks on every seed and family.
@@ -168,7 +167,6 @@ def one_replay_error(network: nn.Module, rollout: Rollout) -> float:
     recorded = np.concatenate([rollout.logp_model[row.scored] for row in rows])
     views = build_views(batch, rows, 1)
     logits = read(network, views, views.layout)
-    logits[:, network.mask_id] = -torch.inf
     replayed = logits.log_softmax(-1).gather(1, views.score_target[:, None]).squeeze(1)
     return float(np.abs(replayed.numpy() - recorded).max())
 

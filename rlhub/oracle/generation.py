@@ -143,8 +143,8 @@ class State:
         self.steps = _steps_of_block(self.settings)
 
     @cached_property
-    def logits(self) -> np.ndarray:
-        """float64 [L, V] of the canvas, after guidance, without what may not be drawn."""
+    def model_logits(self) -> np.ndarray:
+        """float64 [L, V] of the canvas, after guidance."""
         self.looked = 1
         settings, mask = self.settings, self.network.mask_id
         logits = row_logits(self.network, self.prompt + self.canvas)[len(self.prompt) :].double()
@@ -153,22 +153,32 @@ class State:
             self.looked = 2
             hidden = row_logits(self.network, [mask] * len(self.prompt) + self.canvas)[len(self.prompt) :].double()
             logits = hidden + (settings.guidance + 1) * (logits - hidden)
-        logits[:, mask] = -math.inf
-        if settings.eos == "never":
-            logits[:, self.network.eos_id] = -math.inf
         return logits.numpy()
+
+    @cached_property
+    def logits(self) -> np.ndarray:
+        """float64 [L, V] of the canvas, after guidance, without what may not be drawn."""
+        logits = self.model_logits.copy()
+        logits[:, self.network.mask_id] = -math.inf
+        if self.settings.eos == "never":
+            logits[:, self.network.eos_id] = -math.inf
+        return logits
 
     def uniform(self, position: int) -> float:
         return float(self.noise.uniform("position", len(self.canvas), uid=self.uid, step=self.number)[position])
 
     def log_probs(self, position: int) -> np.ndarray:
-        """float64 [V], the model's at temperature 1."""
-        return _log_softmax(self.logits[position])
+        """float64 [V], the model's at temperature 1; what may not be drawn has its share."""
+        return _log_softmax(self.model_logits[position])
+
+    def best(self, position: int) -> float:
+        """The model's log-prob of the most likely token that may be drawn."""
+        return float(self.log_probs(position)[np.argmax(self.logits[position])])
 
     def law(self, position: int) -> np.ndarray:
-        """float64 [V], log-probs that the token is drawn with: the model's at temperature 0, else after temperature, top-k and top-p."""
+        """float64 [V], log-probs that the token is drawn with: after temperature, top-k and top-p, or at temperature 0 without these."""
         if position not in self.laws:
-            self.laws[position] = self.log_probs(position) if self.settings.temperature == 0 else self.truncated(position)
+            self.laws[position] = _log_softmax(self.logits[position]) if self.settings.temperature == 0 else self.truncated(position)
         return self.laws[position]
 
     def truncated(self, position: int) -> np.ndarray:
@@ -318,14 +328,14 @@ def _left_to_right(state: State, options: dict[str, Any]) -> Write:
 
 
 def _top_probability(state: State, options: dict[str, Any]) -> Write:
-    return Write(_best(state, lambda position: state.log_probs(position).max(), _even(state)))
+    return Write(_best(state, lambda position: state.best(position), _even(state)))
 
 
 def _entropy_guided(state: State, options: dict[str, Any]) -> Write:
     if state.number > 0:
         return _top_probability(state, options)
     (first,) = _best(state, lambda position: _entropy(state.log_probs(position)), 1)
-    return Write(_best(state, lambda position: math.inf if position == first else state.log_probs(position).max(), _even(state)))
+    return Write(_best(state, lambda position: math.inf if position == first else state.best(position), _even(state)))
 
 
 def _dream(confidence: Callable[[State, int], float]) -> Callable[[State, dict[str, Any]], Write]:
@@ -427,7 +437,7 @@ def _edit(state: State, options: dict[str, Any]) -> Write:
 
 def _fork(state: State, options: dict[str, Any]) -> Write:
     """Positions whose best token is sure enough, whatever is drawn there; where there is none, the leftmost."""
-    sure = _over(state, lambda position: state.log_probs(position).max(), options.get("threshold", 0.9), state.masked, strictly=False)
+    sure = _over(state, lambda position: state.best(position), options.get("threshold", 0.9), state.masked, strictly=False)
     return Write(sure) if sure else Write(_best(state, lambda position: -position, 1, ranked_by_model=False), fallback=True)
 
 

@@ -88,8 +88,9 @@ class CanvasState:
 class RowStats:
     """What the model says of each position of the active block, `[R, W]`; undefined where nothing was scored.
 
-    Scored are masked positions, and filled ones too where the module has `EDITS`. The law is the one that draws tokens: the model's after
-    temperature, top-k and top-p, in this order; at temperature 0 it is the model's. Log-probs and entropies are in nats.
+    Scored are masked positions, and filled ones too where the module has `EDITS`. The law is the one that draws tokens: the model's without
+    those that may not be drawn (the mask, under `eos: never` EOS), after temperature, top-k and top-p, in this order; at temperature 0
+    without these three. What may not be drawn keeps its share of the model's law. Log-probs and entropies are in nats.
     """
 
     token: Tensor  # int64, drawn from the law; the most likely one at temperature 0

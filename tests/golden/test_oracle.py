@@ -132,9 +132,9 @@ def published_generate(prompt: list[int], steps: int, block_length: int, tempera
         for i in range(steps_per_block):
             with torch.no_grad():
                 logits = oracle.forward(network(), x).double().numpy()
-            logits[:, MASK] = -np.inf
             p = np.exp(logits - logits.max(1, keepdims=True))
             p /= p.sum(1, keepdims=True)
+            logits[:, MASK] = -np.inf
             noised = np.exp(logits)
             if temperature > 0:
                 for position in range(LENGTH):

@@ -91,9 +91,10 @@ def test_log_probs_and_forwards_are_those_of_the_chain_rule(run_dir: Path) -> No
     tokens, total = [*model.tokenizer("3 1 2")["input_ids"], *[model.mask_id] * 6], 0.0
     for position in range(3, 9):
         logits = model.logits([tokens])[0, position]
-        logits[model.mask_id] = -torch.inf
-        total += logits.log_softmax(-1).max().item()
-        tokens[position] = int(logits.argmax())
+        log_probs = logits.log_softmax(-1)
+        log_probs[model.mask_id] = -torch.inf
+        total += log_probs.max().item()
+        tokens[position] = int(log_probs.argmax())
     assert f"log-prob at temperature 1: {total:.4f} nats" in result.output
     assert f"completion: {model.tokenizer.decode(tokens[3:], skip_special_tokens=True)}" in result.output
     length = next((place + 1 for place, token in enumerate(tokens[3:]) if token == model.eos_id), 6)

@@ -80,7 +80,6 @@ def test_one_state_is_what_the_model_says_of_the_canvas_at_that_time(learner: Le
         from rlhub.api import Model
 
         logits = Model(learner.network, Path()).logits([[*made.prompt_ids, *canvas]])[0, 3:]
-        logits[:, learner.network.mask_id] = -torch.inf
         for position in np.flatnonzero(made.unmask_step == step):
             expected.append(logits[position].log_softmax(-1)[made.completion_ids[position]].item())
     shifted = dataclasses.replace(made, logp_model=made.logp_model + np.float32(0.25))

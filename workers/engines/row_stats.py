@@ -110,20 +110,24 @@ def streamed_stats(
 
 
 def describe(logits: Tensor, law: Law, noise: TokenNoise | None, first: int, needs: Collection[str]) -> dict[str, Tensor]:
-    """The statistics of `streamed_stats` for positions from `first` on, from their logits fp32 [m, V], which are overwritten."""
-    for token_id in law.banned:
-        logits[:, token_id] = _NEVER
+    """The statistics of `streamed_stats` for positions from `first` on, from their logits fp32 [m, V], which are overwritten.
+
+    What may not be drawn keeps its share of the model's law, whose log-probs are those that training computes.
+    """
+    banned = logits[:, list(law.banned)].double()
+    logits[:, list(law.banned)] = _NEVER
     if law.temperature > 0:
         best = logits.amax(1)
     else:
         best, token = logits.max(1)  # the first one of equals
     shifted = logits.sub_(best[:, None])
-    model = _Softmax(shifted, shifted.exp())
+    allowed = _Softmax(shifted, shifted.exp())
+    model = _WithBanned(allowed, banned.sub_(best[:, None]))
     stats = {"entropy": model.entropy, "margin": model.margin, "top_logp": lambda: -model.log_total}
     found = {name: stats[name]() for name in stats if name in needs}
-    drawing = model
+    drawing = allowed
     if law.temperature > 0:
-        drawing = _drawing_law(model, law)
+        drawing = _drawing_law(allowed, law)
     stats = {"law_entropy": drawing.entropy, "law_margin": drawing.margin}
     found |= {name: stats[name]() for name in stats if name in needs}
     if law.temperature > 0:
@@ -147,14 +151,41 @@ class _Softmax:
         """float64 [m]."""
         return self.scores.gather(1, token[:, None]).squeeze(1).double() - self.log_total
 
+    def mean_score(self) -> Tensor:
+        """float64 [m]."""
+        return (torch.einsum("mv,mv->m", self.weights, self.scores) / self.total).double()
+
     def entropy(self) -> Tensor:
         """float64 [m], nats."""
-        return self.log_total - (torch.einsum("mv,mv->m", self.weights, self.scores) / self.total).double()
+        return self.log_total - self.mean_score()
 
     def margin(self) -> Tensor:
         """float64 [m], probability of the best token minus that of the second."""
         first, second = self.weights.topk(2).values.double().unbind(1)
         return (first - second) / self.total.double()
+
+
+class _WithBanned:
+    """The law over the whole vocabulary: one over what may be drawn, and the scores float64 [m, b] of the rest."""
+
+    def __init__(self, allowed: _Softmax, scores: Tensor) -> None:
+        self.allowed, self.scores = allowed, scores
+        self.total = allowed.total.double() + scores.exp().sum(1)
+        self.log_total = self.total.log()
+        self.share = allowed.total / self.total  # probability of what may be drawn
+
+    def log_prob(self, token: Tensor) -> Tensor:
+        """float64 [m], of tokens that may be drawn."""
+        return self.allowed.scores.gather(1, token[:, None]).squeeze(1).double() - self.log_total
+
+    def entropy(self) -> Tensor:
+        """float64 [m], nats."""
+        rest = (self.scores - self.log_total[:, None]).exp()
+        return self.log_total - self.share * self.allowed.mean_score() - (rest * self.scores).sum(1)
+
+    def margin(self) -> Tensor:
+        """float64 [m], probability of the best token that may be drawn minus that of the second."""
+        return self.share * self.allowed.margin()
 
 
 def _drawing_law(model: _Softmax, law: Law) -> _Softmax:
