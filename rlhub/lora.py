@@ -217,6 +217,11 @@ def training_state(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name in kept}
 
 
+def training_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters in `training_state`."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad or not has_adapters(network)]
+
+
 def _inject(network: nn.Module, config: dict[str, Any], where: Path) -> None:
     from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 

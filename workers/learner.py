@@ -280,7 +280,7 @@ class Learner(GroupMember):
 
     def publish(self, bucket_bytes: int) -> Iterator[np.ndarray]:
         """Yield the weights as flat byte buckets; the other ranks run `gather_only` meanwhile."""
-        with self.backend.full_parameters():
+        with self.backend.full_parameters(trained_only=True):
             yield from buckets_of(training_state(self.network), bucket_bytes)
 
     def broadcast(self, bucket_bytes: int) -> None:
@@ -290,7 +290,7 @@ class Learner(GroupMember):
             RuntimeError: a member was lost; this side has left the group.
         """
         try:
-            with self.backend.full_parameters():
+            with self.backend.full_parameters(trained_only=True):
                 send_state(self.member, training_state(self.network), bucket_bytes)
         except RuntimeError:
             self.leave_weights()
@@ -298,7 +298,7 @@ class Learner(GroupMember):
 
     def gather_only(self, bucket_bytes: int) -> None:
         """Take part in the gathering of ZeRO-3 parameters, which is collective, without publishing."""
-        with self.backend.full_parameters():
+        with self.backend.full_parameters(trained_only=True):
             pass
 
     def receipt(self, version: int, bucket_bytes: int) -> Receipt:
@@ -311,7 +311,7 @@ class Learner(GroupMember):
         target = Path(folder)
         (target / "learner").mkdir(parents=True, exist_ok=True)
         self.backend.save(target / "learner")
-        with self.backend.full_parameters():
+        with self.backend.full_parameters(trained_only=True):
             if self.rank == 0:
                 save_network(self.network, target / "hf", tokenizer)
 

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from rlhub.batching import make_batch, micro_batches
-from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig, RouterConfig
+from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig, RouterConfig, SamplerConfig
 from rlhub.errors import RecipeError
 from rlhub.model_files import load_network, save_network
 from rlhub.models import llada2, llada_moe
 from rlhub.models.experts import record_routing, routers
+from rlhub.noise import Noise
 from rlhub.scoring import micro_batch_log_probs
-from rlhub.types import RewardResult, Rollout
+from rlhub.types import Request, RewardResult, Rollout
+from workers.engines.torch_engine import Engine
 from workers.learner import Learner
 
 FAMILIES = {"llada_moe": llada_moe, "llada2": llada2}
@@ -49,9 +51,11 @@ def folder(request, tmp_path):
     return tmp_path / "model"
 
 
-def learner_on(folder, router: RouterConfig, updates: int = 1, tokens: int = 4096, learning_rate: float = 0.01) -> Learner:
+def learner_on(
+    folder, router: RouterConfig, updates: int = 1, tokens: int = 4096, learning_rate: float = 0.01, parts: dict | None = None
+) -> Learner:
     learner = Learner(str(folder), LearnerConfig(backend="torch", micro_batch_tokens=tokens), 0, router=router)
-    algorithm = AlgorithmConfig(views={"name": "elbo", "draws": 2}, updates=updates)
+    algorithm = AlgorithmConfig(**(parts or {"views": {"name": "elbo", "draws": 2}}), updates=updates)
     learner.begin(algorithm, OptimizerConfig(learning_rate=learning_rate, warmup_steps=0, max_grad_norm=1e9, schedule="constant"), 8)
     return learner
 
@@ -148,6 +152,38 @@ def test_replay_keeps_the_experts_of_the_weights_that_began_the_batch(folder):
         began, *_, last = learner.seen
         changed[replay] = any((one != other).any() for one, other in zip(began, last, strict=True))
     assert changed == {False: True, True: False}
+
+
+def test_a_learner_with_the_rollouts_weights_replays_the_rollouts_experts(tmp_path):
+    """Every token's, in each state of the trajectory. The last layer computes no more than the scored positions, which differ."""
+    layers, steps = 3, 6
+    config = llada_moe.Config.from_published(llada_moe.TINY | {"num_hidden_layers": layers})
+    save_network(llada_moe.build(config).initialize(torch.Generator().manual_seed(3)), tmp_path)
+    network, rng = load_network(tmp_path), np.random.default_rng(0)
+    settings = SamplerConfig(length=steps, steps=steps, block_length=steps, early_stop="off")
+    rollouts, chosen = [], {}
+    for number in range(8):
+        request = Request(number, number // 4, rng.integers(0, 12, 3).astype(np.int32))
+        with record_routing(network) as record:
+            (rollout,) = Engine(network).generate([request], settings, Noise(0))
+        rollouts.append(rollout.graded(RewardResult(float(number % 3))))
+        for step in range(steps):
+            chosen[number, step] = [routing.experts for routing in record[layers * step : layers * step + layers - 1]]
+
+    parts = {"views": {"name": "trajectory"}, "likelihood": {"name": "trajectory"}, "objective": {"name": "token_clip"}}
+    learner = learner_on(tmp_path, RouterConfig(replay=True), updates=2, tokens=1, learning_rate=0.1, parts=parts)
+    batch = make_batch(rollouts, mask_id=MASK, span="canvas")
+
+    def agreement() -> float:
+        views, routes = learner.make_views(batch)[0], {}
+        learner._all_log_probs(views, routes)
+        assert len(routes) == views.num_rows == 8 * steps
+        pairs = [zip(routes[run], chosen[int(views.sample[run.first_row]), int(views.step[run.first_row])], strict=False) for run in routes]
+        return float(np.mean([torch.equal(ours.long(), theirs) for pair in pairs for ours, theirs in pair]))
+
+    assert agreement() == 1.0
+    learner.step(batch)
+    assert agreement() < 1.0
 
 
 def test_router_settings_that_cannot_act_are_refused(tiny):

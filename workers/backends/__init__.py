@@ -4,6 +4,7 @@ forward(function)           function(network); every rank must make the same num
 backward(loss)              accumulate gradients of a scalar; any number of calls before
 step() -> (grad_norm, lr)   which clips, updates and clears
 network                     the module whose parameters are trained
-full_parameters()           context manager under which every parameter is whole on every rank
+full_parameters(trained_only=False)
+                            context manager under which every parameter is whole on every rank, or those of `training_parameters` alone
 save(folder), load(folder)  optimizer and scheduler state, and the weights they belong to
 """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhub.config import LearnerConfig, OptimizerConfig
-from rlhub.lora import has_adapters
+from rlhub.lora import has_adapters, training_parameters
 from workers.backends.torch_backend import adamw
 
 
@@ -53,10 +53,11 @@ class Backend:
         norm = self.engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm), learning_rate
 
-    def full_parameters(self) -> AbstractContextManager:
+    def full_parameters(self, trained_only: bool = False) -> AbstractContextManager:
         if self.stage < 3:
             return nullcontext()
-        return import_deepspeed().zero.GatheredParameters(list(self.network.parameters()))
+        wanted = training_parameters(self.network) if trained_only else self.network.parameters()
+        return import_deepspeed().zero.GatheredParameters(list(wanted))
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=has_adapters(self.network))

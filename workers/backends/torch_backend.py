@@ -35,7 +35,7 @@ class Backend:
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item(), learning_rate
 
-    def full_parameters(self) -> AbstractContextManager:
+    def full_parameters(self, trained_only: bool = False) -> AbstractContextManager:
         return nullcontext()
 
     def save(self, folder: Path) -> None:
