@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rlhub.errors import RecipeError
 from rlhub.labs import Check, Verdict, seconds_of_arms
 from rlhub.metrics import plain, replace_text
 from rlhub.parts import load_part, part_names
@@ -44,12 +45,14 @@ def run_lab(name: str, overrides: Sequence[str] = (), out: Path | None = None, c
         out: the folder; `runs/lab_<name>` by default.
 
     Raises:
-        RecipeError: there is no such experiment or setting.
+        RecipeError: there is no such experiment or setting, or no seeds are left.
     """
     console = console or Console()
     module = load_part("labs", name)
     short = name.rpartition(".")[2]
     config = load_options(module, _recipe_of(short), overrides)
+    if not config.seeds:
+        raise RecipeError("seeds: none are left; give at least one, such as seeds=[0]")
     out = out or Path("runs") / f"lab_{short}"
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

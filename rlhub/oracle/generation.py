@@ -259,14 +259,17 @@ def _even(state: State) -> int:
 
 
 def _best(state: State, score: Callable[[int], float], count: int, ranked_by_model: bool = True) -> list[int]:
-    """The `count` masked positions with the highest score; deferred ones last and from left to right, ties to the left."""
+    """The `count` masked positions with the highest score; deferred ones last and from left to right, ties to the left.
+
+    They come in this order where the model ranks them, else from left to right.
+    """
     keys = {position: (1, 0.0) if state.deferred(position) else (0, -score(position)) for position in state.masked}
     ranked = sorted(state.masked, key=lambda position: (keys[position], position))
     if ranked_by_model and 0 < count < len(ranked) and keys[ranked[count]][0] == 0:
         lead = keys[ranked[count]][1] - keys[ranked[count - 1]][1]
         if lead or not all(state.certain(position) for position in ranked[count - 1 : count + 1]):
             state.decide(lead)
-    return ranked[:count]
+    return ranked[:count] if ranked_by_model else sorted(ranked[:count])
 
 
 def _over(state: State, log_prob: Callable[[int], float], threshold: float, positions: Iterable[int], strictly: bool) -> list[int]:

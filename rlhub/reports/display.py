@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -19,7 +19,7 @@ from rich.text import Text
 from rewards.tools.text import plain as plain_prompt
 from rlhub.config import SamplerConfig
 from rlhub.errors import DataError, UserError
-from rlhub.parts import assign, flatten, load_part
+from rlhub.parts import assign, flatten, load_part, part_config
 from rlhub.reports.timeline import (
     CONFIDENCE_COLORS,
     VISIBLE,
@@ -32,6 +32,7 @@ from rlhub.reports.timeline import (
     write_timelines,
 )
 from rlhub.rollout_log import read_rollouts, rollout_files, rollout_row, token_namer, token_strings
+from rlhub.samplers import log_probs
 from rlhub.types import NEVER, Rollout
 
 MASK = "\u2591"
@@ -71,10 +72,10 @@ def show_sample(
     from rlhub.checkpoint import resolve_model_path
 
     path = Path(path)
-    run_dir = run_folder(path)
-    config = sample_config(run_dir, overrides)
+    run_dir, folder = run_folder(path), resolve_model_path(path)
+    config = sample_config(run_dir, folder, overrides)
     asked = [*prompts, *(read_prompts(file) if file else [])] or [recorded_prompt(run_dir)]
-    model = load_model(resolve_model_path(path))
+    model = load_model(folder)
     config.sampler.records = sorted({*config.sampler.records, *RECORDED})
     try:
         rollouts = generate_with(model, asked, config.sampler, config.seed)
@@ -135,12 +136,14 @@ def numbers_text(rollout: Rollout) -> str:
     """Settings, forwards and log-probs of a rollout, one line each."""
     filled = rollout.unmask_step != NEVER
     per_token = rollout.num_forwards / max(1, rollout.length)
+    module = load_part("samplers", rollout.sampler["name"])
+    meaning = log_probs(module, part_config(module, rollout.sampler["options"]), rollout.sampler["eos"])
     lines = [
         f"sampler: {settings_text(rollout.sampler)}",
         f"{rollout.num_forwards} forwards for {rollout.length} tokens through the first end of text ({per_token:.2f} per token), "
         f"{int(filled.sum())} of {len(filled)} positions filled",
         f"log-prob at temperature 1: {rollout.logp_model[filled].sum():.4f} nats, under the law that drew: "
-        f"{rollout.logp_sample[filled].sum():.4f} nats; {LOG_PROBS[load_part('samplers', rollout.sampler['name']).LOG_PROBS]}",
+        f"{rollout.logp_sample[filled].sum():.4f} nats; {LOG_PROBS[meaning]}",
     ]
     if rollout.entropy is not None and filled.any():
         lines.append(f"entropy when filled: mean {rollout.entropy[filled].mean():.4f}, highest {rollout.entropy[filled].max():.4f} nats")
@@ -152,16 +155,25 @@ def run_folder(path: Path) -> Path | None:
     return next((folder for folder in [path, *path.resolve().parents[:3]] if (folder / "config.yaml").is_file()), None)
 
 
-def sample_config(run_dir: Path | None, overrides: Sequence[str]) -> SampleConfig:
-    """Defaults, then the run's sampler, then the overrides; a key or type that does not exist is refused."""
-    recorded = OmegaConf.load(run_dir / "config.yaml").get("sampler", {}) if run_dir else {}
-    told = OmegaConf.merge({"sampler": recorded}, OmegaConf.from_dotlist(list(overrides)))
-    if told.sampler.get("name") != recorded.get("name") and not any(text.startswith("sampler.options.") for text in overrides):
-        told.sampler.options = {}  # they were another sampler's
+def sample_config(run_dir: Path | None, model_folder: Path, overrides: Sequence[str]) -> SampleConfig:
+    """The run's sampler, or for a model without a run those of `rlhub.generate`; then the overrides, of which unknown ones are refused."""
+    recorded = OmegaConf.load(run_dir / "config.yaml").get("sampler", {}) if run_dir else _sampler_for(model_folder)
+    told = OmegaConf.from_dotlist(list(overrides))
+    name = OmegaConf.select(told, "sampler.name")
+    if name is not None and name != recorded.get("name"):
+        recorded["options"] = {}  # they were another sampler's
     config = OmegaConf.structured(SampleConfig)
-    for key, value in flatten(OmegaConf.to_container(told)):
+    for key, value in flatten(OmegaConf.to_container(OmegaConf.merge({"sampler": recorded}, told))):
         assign(config, SampleConfig, key, value, owner="sample")
     return OmegaConf.to_object(config)
+
+
+def _sampler_for(model_folder: Path) -> DictConfig:
+    """Defaults of `rlhub.generate`, in the blocks that the model was trained on if it has any."""
+    from rlhub.model_files import empty_network, published_config
+
+    block = empty_network(published_config(model_folder)).profile.block_length
+    return OmegaConf.create({"length": 128, "steps": 64, "block_length": block or 32, "temperature": 0.0})
 
 
 def recorded_prompt(run_dir: Path | None) -> str:

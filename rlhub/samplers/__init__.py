@@ -202,6 +202,12 @@ def check_curve(curve: str) -> None:
         raise ValueError(f"curve {curve!r} is none of {', '.join(MASK_RATIO)}")
 
 
+def check_eps(eps: float) -> None:
+    """Raises ValueError unless time can fall from 1 to `eps`."""
+    if not 0 <= eps < 1:
+        raise ValueError(f"eps must be in [0, 1), got {eps:g}")
+
+
 def unmask_shares(steps: int, curve: str = "linear", eps: float = 0.0) -> Tensor:
     """float64 [steps], the share of the masked tokens that each step unmasks: 1 - ratio(s) / ratio(t) while time goes from 1 to `eps`.
 

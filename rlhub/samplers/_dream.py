@@ -17,6 +17,7 @@ from rlhub.samplers import (
     RowStats,
     Schedule,
     Uniforms,
+    check_eps,
     commit_best,
     gumbel,
     share_counts,
@@ -31,6 +32,7 @@ class Config:
     alg_temp: float = 0.0  # temperature of the choice of positions; 0: the most confident ones
 
     def __post_init__(self) -> None:
+        check_eps(self.eps)
         if self.alg_temp < 0:
             raise ValueError(f"alg_temp must be 0 or more, got {self.alg_temp}")
 

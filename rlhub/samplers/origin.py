@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlhub.samplers import CanvasState, Schedule, Uniforms, unmask_shares
+from rlhub.samplers import CanvasState, Schedule, Uniforms, check_eps, unmask_shares
 from rlhub.samplers.ancestral import bernoulli, bernoulli_schedule
 
 RECORDS = ()
@@ -16,6 +16,9 @@ LOG_PROBS = "given_order"
 @dataclass(frozen=True)
 class Config:
     eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
 
 
 def schedule(canvas_length: int, steps: int, block_length: int, config: Config) -> Schedule:

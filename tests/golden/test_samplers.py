@@ -148,6 +148,16 @@ def test_engine_equals_oracle(name, temperature):
     check()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_order_within_a_step(name):
+    """Ranked by confidence, from left to right where the model has no say."""
+    config = SamplerConfig(name, LENGTH, LENGTH if name in ONE_BY_ONE else 2, LENGTH, records=["order", "fallback"])
+    for request, produced in zip(requests(), Engine(network("llada")).generate(requests(), config, NOISE), strict=True):
+        expected, margin = oracle.generate(network("llada"), request, config, NOISE)
+        if margin >= NEAR_TIE:
+            np.testing.assert_array_equal(produced.order, expected.order)
+
+
 def test_near_ties_are_rare():
     """Of the decisions of the tests above, whose rollouts are left out where a margin may be rounding.
 

@@ -18,6 +18,7 @@ import rlhub
 from rlhub.checkpoint import save_network, write_manifest
 from rlhub.cli import main
 from rlhub.config import Recipe
+from rlhub.models import llada, sdar
 from rlhub.models.llada import Config, LLaDA
 from rlhub.reports import display
 from rlhub.reports.display import show_row
@@ -103,6 +104,31 @@ def test_log_probs_and_forwards_are_those_of_the_chain_rule(run_dir: Path) -> No
     assert "exact" in result.output or "multiply" in result.output
 
 
+def test_what_log_probs_mean_depends_on_the_settings(run_dir: Path) -> None:
+    exact, unknown = "they multiply to the probability of this rollout", "they do not multiply to the rollout's probability"
+    assert exact in sample(run_dir, "3 1", "sampler.name=entropy").output
+    assert unknown in sample(run_dir, "3 1", "sampler.name=entropy", "sampler.options.alg_temp=0.5").output
+    assert unknown in sample(run_dir, "3 1", "sampler.eos=last").output
+
+
+def test_another_sampler_drops_the_options_of_the_runs_own(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("sampler: {name: maskgit, length: 6, options: {curve: linear}}")
+    kept = display.sample_config(tmp_path, tmp_path, ["sampler.options.choice_temperature=1"]).sampler
+    assert (kept.length, kept.options) == (6, {"curve": "linear", "choice_temperature": 1})
+    other = display.sample_config(tmp_path, tmp_path, ["sampler.name=threshold", "sampler.options.threshold=0.5"]).sampler
+    assert (other.length, other.options) == (6, {"threshold": 0.5})
+    assert display.sample_config(tmp_path, tmp_path, ["sampler.name=threshold"]).sampler.options == {}
+
+
+def test_a_model_without_a_run_gets_the_defaults_of_generate_in_its_own_blocks(tmp_path: Path) -> None:
+    for family in (llada, sdar):
+        network = family.build(family.Config(**family.TINY)).initialize(torch.Generator().manual_seed(0))
+        save_network(network, tmp_path / family.__name__.rpartition(".")[2])
+    blocks = {name: display.sample_config(None, tmp_path / name, ["sampler.steps=32"]).sampler for name in ("sdar", "llada")}
+    assert blocks["sdar"].block_length == 4 and blocks["llada"].block_length == 32
+    assert all((settings.length, settings.steps, settings.temperature) == (128, 32, 0.0) for settings in blocks.values())
+
+
 def test_several_prompts_from_arguments_and_files_get_a_page(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("4 4\n\n5 5 5\n")
     (tmp_path / "chats.jsonl").write_text('{"prompt": "6"}\n')
@@ -130,6 +156,10 @@ BAD = [
     (["sampler.length=many"], "length"),
     (["speed=2"], "speed"),
     (["1 2", "sampler.length=7"], "7 is not a multiple of block"),
+    (["1 2", "sampler.name=thresold"], "sampler.name: samplers has no 'thresold'; did you mean threshold?"),
+    (["1 2", "sampler.name=threshold", "sampler.options.treshold=1"], "sampler.options.treshold: unknown key of threshold"),
+    (["1 2", "sampler.name=origin", "sampler.options.eps=2"], "sampler.options.eps: eps must be in [0, 1), got 2"),
+    (["1 2", "sampler.name=entropy", "sampler.options.eps=-1"], "sampler.options.eps: eps must be in [0, 1), got -1"),
     (["--file", "nowhere.txt"], "nowhere.txt"),
     (["--file", "empty.txt"], "holds no prompts"),
     (["--file", "bad.jsonl"], 'line 1: expected a JSON object with a prompt, such as {"prompt": "..."}'),

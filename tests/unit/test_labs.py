@@ -132,6 +132,8 @@ def test_the_command_lists_experiments_and_explains_mistakes():
         run_lab("reversals")
     with pytest.raises(RecipeError, match="did you mean steps"):
         run_lab("reversal", ["step=3"])
+    with pytest.raises(RecipeError, match="seeds: none are left"):
+        run_lab("reversal", ["seeds=[]"])
 
 
 @pytest.mark.parametrize("name", part_names("labs"))
