@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhub.config import AlgorithmConfig
 from rlhub.kl import mean_penalty
 from rlhub.noise import Noise
+from rlhub.off_policy import correction_metrics, correction_weights, weighted_credit
 from rlhub.parts import load_part, part_config
 from rlhub.types import Batch, Credit, LogLikelihood, Scores, Views
 
@@ -84,6 +85,11 @@ class Algorithm:
         return self.config.behavior == "recompute" and self.config.updates > 1
 
     @property
+    def corrects(self) -> bool:
+        """Whether samples of older weights are weighted. With `behavior: rollout` the ratio itself is against what generated them."""
+        return self.config.max_staleness > 0 and self.config.correction == "auto" and self.config.behavior != "rollout"
+
+    @property
     def needs_scorers(self) -> bool:
         """Whether the reference is a network of its own, rather than the policy without its adapter."""
         return self.needs_reference and self.config.reference != "adapter_off"
@@ -123,12 +129,12 @@ class Algorithm:
         policy = self.estimate(log_probs.policy, views, credit)
         proximal = behavior = reference = None
         if self.config.behavior == "rollout":
-            recorded = torch.stack([_padded(row, views.canvas_length) for row in batch.logp_model])
-            behavior = self.estimate(recorded[views.score_sample, views.score_token], views, credit)
-            proximal = behavior
+            proximal = behavior = self._recorded(views, batch, credit)
         elif self.config.behavior in ("recompute", "detach"):
             fixed = log_probs.policy.detach() if log_probs.proximal is None else log_probs.proximal
             proximal = behavior = self.estimate(fixed, views, credit)
+        if self.corrects:
+            behavior = self._recorded(views, batch, credit)
         if isinstance(log_probs.reference, LogLikelihood):
             reference = log_probs.reference
         elif log_probs.reference is not None:
@@ -138,7 +144,12 @@ class Algorithm:
     def loss(self, scores: Scores, credit: Credit) -> tuple[Tensor, dict[str, float]]:
         """The scalar to minimise over the global batch, and its metrics."""
         module, config = self.objective
-        loss, metrics = module.loss(scores, credit, config)
+        if self.corrects:
+            weights = correction_weights((scores.proximal or scores.policy).detach(), scores.behavior, self.config.correction_cap)
+            loss, metrics = module.loss(scores, weighted_credit(credit, weights), config)
+            metrics |= correction_metrics(weights[credit.valid], self.config.correction_cap)
+        else:
+            loss, metrics = module.loss(scores, credit, config)
         kl = self.config.kl
         if kl.coefficient > 0:
             other = scores.reference if kl.against == "reference" else scores.behavior
@@ -164,6 +175,11 @@ class Algorithm:
         loss, metrics = self.loss(scores, credit)
         (coefficient,) = torch.autograd.grad(loss, leaf)
         return coefficient, scores, metrics
+
+    def _recorded(self, views: Views, batch: Batch, credit: Credit) -> LogLikelihood:
+        """The estimate from the log-probs that the rollouts recorded."""
+        recorded = torch.stack([_padded(row, views.canvas_length) for row in batch.logp_model])
+        return self.estimate(recorded[views.score_sample, views.score_token], views, credit)
 
     def estimate(self, log_prob: Tensor, views: Views, credit: Credit) -> LogLikelihood:
         """Log-likelihoods in float64 from token log-probs `[M]`."""

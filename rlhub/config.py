@@ -127,7 +127,10 @@ class AlgorithmConfig:
     prompts_per_step: int = 16
     completions_per_prompt: int = 8
     on_invalid: str = "drop_sample"  # drop_sample | drop_group | value:x
-    max_staleness: int = 0
+    max_staleness: int = 0  # k: generate up to k batches ahead, by weights that are up to k versions old (docs/asynchrony.md)
+    # auto: with max_staleness, weigh each sample's advantage by how likely it has become since it was generated | none: train as it is
+    correction: str = "auto"
+    correction_cap: float = 2.0  # the highest weight; truncated importance sampling (IMPALA, arXiv 1802.01561; AReaL, arXiv 2505.24298)
 
 
 @dataclass
@@ -207,6 +210,7 @@ class SyncConfig:
     transport: str = "object_store"  # module of workers.transports
     bucket_megabytes: float = 64.0
     timeout_seconds: float = 60.0
+    in_flight: bool = False  # with max_staleness: push weights into running generation, instead of waiting until its batches are done
 
 
 @dataclass

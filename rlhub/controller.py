@@ -8,21 +8,23 @@
 
 `run_pairs` has no generators: preference pairs come from data, and the reference's estimates from a cache that the scorers fill once.
 
-`run_online` waits for each of these in turn (`max_staleness: 0`): a step trains on rollouts of the weights it began with. `run_sft`
-keeps one batch ahead of the learners. Every step is a pure function of the weights and its number, so a killed run continues from
-its last checkpoint as if nothing had happened.
+`run_online` waits for each of these in turn at `max_staleness: 0`: a step trains on rollouts of the weights it began with. At k the
+generators work up to k batches ahead of the learners (docs/asynchrony.md). `run_sft` keeps one batch ahead of the learners. Every step
+but those is a pure function of the weights and its number, so a killed run continues from its last checkpoint as if nothing had
+happened.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from rlhub.batching import make_batch
-from rlhub.health import rollout_metrics
+from rlhub.health import rollout_metrics, staleness_metrics
 from rlhub.packing import pack_documents
 from rlhub.pairs import PairOrder, pair_order
 from rlhub.pairs.reference import open_reference
-from rlhub.pipeline import ONLINE, demonstration_batch, generate, grade, grade_states, issue, shuffle_grades
+from rlhub.pipeline import ONLINE, Issued, RolloutQueue, demonstration_batch, grade, grade_states, issue, shuffle_grades
 from rlhub.run_state import Session
 from rlhub.sft import cut_at_random, family_weight, supervised_algorithm, supervised_batch
 from rlhub.types import Batch
@@ -84,17 +86,16 @@ def run_pairs(session: Session) -> None:
 
 
 def run_online(session: Session) -> None:
-    """Reinforcement learning on rollouts of the current policy."""
+    """Reinforcement learning on rollouts of the current policy, or of one up to `max_staleness` versions older."""
     recipe, crew = session.recipe, session.crew
     algorithm = recipe.algorithm
     session.begin("online", algorithm, recipe.learner.optimizer, recipe.run.steps * algorithm.updates)
+    queue = RolloutQueue(crew, partial(_issue_step, session), recipe.sampler, algorithm.max_staleness, recipe.run.steps)
     for step in session.steps("online", recipe.run.steps, recipe.run.eval_every):
         with session.span("generate"):
-            first_row = (step - 1) * algorithm.prompts_per_step
-            issued = issue(
-                session.train_task, session.tokenizer, ONLINE, step, first_row, algorithm.prompts_per_step, algorithm.completions_per_prompt
-            )
-            rollouts = generate(crew, issued, recipe.sampler)
+            issued, rollouts = queue.batch(step)
+            if algorithm.max_staleness:
+                session.row |= staleness_metrics(rollouts, crew.version)
         with session.span("reward"):
             rollouts, texts = grade(crew, issued, rollouts, session.tokenizer, recipe.reward_pool.batch_size)
             rollouts = grade_states(crew, issued, rollouts, session.tokenizer, recipe)
@@ -120,7 +121,17 @@ def run_online(session: Session) -> None:
             replayed = session.check_replay(step, rollouts)
         with session.span("learn"):
             metrics = crew.learn("step", batch, views, *reference)
+        if not recipe.weights.in_flight:
+            with session.span("generate"):
+                crew.generators.settle()
         with session.span("sync"):
             session.publish(step)
         session.finish_step(metrics | replayed | rollout_metrics(rollouts, session.tokenizer.eos_token_id), num_samples=len(rollouts))
         session.keep_rollouts(step, issued, rollouts, texts)
+
+
+def _issue_step(session: Session, step: int) -> Issued:
+    """The requests of an online step; no two steps share a prompt row or a uid."""
+    algorithm = session.recipe.algorithm
+    prompts, completions = algorithm.prompts_per_step, algorithm.completions_per_prompt
+    return issue(session.train_task, session.tokenizer, ONLINE, step, (step - 1) * prompts, prompts, completions)

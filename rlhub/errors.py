@@ -18,7 +18,7 @@ class CheckpointError(UserError):
 
 
 class SyncError(RuntimeError):
-    """Published and received weights differ."""
+    """Published and received weights differ, or rollouts come from older weights than they may."""
 
 
 class WorkerLost(RuntimeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,26 @@ def _is_cut(algorithm: Any, scores: Scores, credit: Credit) -> Tensor:
     loss, _ = module.loss(dataclasses.replace(scores, policy=dataclasses.replace(scores.policy, value=leaf)), credit, config)
     (gradient,) = torch.autograd.grad(loss, leaf)
     return gradient == 0
+
+
+def staleness(rollouts: Sequence[Rollout], version: int) -> np.ndarray:
+    """int64 [B], how many versions before `version` the weights were that generated the oldest token of each rollout."""
+    return np.array([version - int(rollout.policy_version.min()) for rollout in rollouts])
+
+
+def staleness_metrics(rollouts: list[Rollout], version: int) -> dict[str, float]:
+    """How old the weights were that generated a batch, in versions before `version`.
+
+    Keys: `async/staleness_mean`, `async/staleness_max` (of the oldest token of each rollout), `async/mixed_share` (share of rollouts
+    whose tokens come from several versions).
+    """
+    age = staleness(rollouts, version)
+    mixed = [rollout.policy_version.min() < rollout.policy_version.max() for rollout in rollouts]
+    return {
+        "async/staleness_mean": float(age.mean()),
+        "async/staleness_max": float(age.max()),
+        "async/mixed_share": float(np.mean(mixed)),
+    }
 
 
 def rollout_metrics(rollouts: list[Rollout], eos_id: int) -> dict[str, float]:

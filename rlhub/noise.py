@@ -53,10 +53,15 @@ class Noise:
 
 
 class Stream:
-    """Draws for one purpose. Holds a bit generator only to avoid rebuilding it; each call sets the whole counter."""
+    """Draws for one purpose. Holds a bit generator only to avoid rebuilding it; each call sets the whole counter.
+
+    Attributes:
+        key: uint64 [2], the generator's key.
+    """
 
     def __init__(self, run_seed: int, purpose: str) -> None:
-        self._bits = np.random.Philox(key=_key(run_seed, purpose))
+        self.key = _key(run_seed, purpose)
+        self._bits = np.random.Philox(key=self.key)
         self._state = self._bits.state
         self._generator = np.random.Generator(self._bits)
 

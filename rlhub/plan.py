@@ -155,6 +155,7 @@ def make_plan(recipe: Recipe) -> Plan:
             *_sampler_notes(recipe),
             *_engine_notes(recipe, network),
             *_block_notes(recipe, network, algorithm),
+            *_asynchrony_notes(recipe),
             *_notes(recipe, batch, algorithm.needs_reference),
         ],
         pairs=pairs,
@@ -438,6 +439,22 @@ def _engine_notes(recipe: Recipe, network: nn.Module) -> list[str]:
     ]
 
 
+def _asynchrony_notes(recipe: Recipe) -> list[str]:
+    """What training on rollouts of older weights costs, and where it gains nothing."""
+    ahead, notes = recipe.algorithm.max_staleness, []
+    if ahead and recipe.algorithm.correction == "none" and recipe.algorithm.behavior != "rollout":
+        notes.append("algorithm.correction none: rollouts of older weights are trained on as if the newest ones had generated them")
+    if ahead and recipe.run.runtime == "local":
+        notes.append("algorithm.max_staleness saves no time in one process, where nothing runs at the same time; use run.runtime=ray")
+    elif ahead > 1 and not recipe.weights.in_flight:
+        notes.append(
+            f"algorithm.max_staleness {ahead} is no faster than 1: generators wait for the weights of each step, unless weights.in_flight"
+        )
+    if recipe.weights.in_flight:
+        notes.append("weights.in_flight: when new weights reach a rollout depends on timing, so this run cannot be repeated bit for bit")
+    return notes
+
+
 def _notes(recipe: Recipe, batch: BatchPlan, needs_reference: bool) -> list[str]:
     """What works but may not be meant."""
     notes, roles = [], recipe.roles
@@ -492,11 +509,26 @@ def _batch_table(plan: Plan) -> Table:
     table.add_row("row", f"{batch.row_tokens} tokens" + ("" if plan.pairs else f", canvas of {recipe.sampler.length}"))
     if "online" in recipe.run.phases:
         table.add_row("sampler", sampler_text(recipe.sampler))
+        if recipe.algorithm.max_staleness:
+            table.add_row("pipeline", _pipeline_text(recipe, batch))
     table.add_row("rows per sequence", f"{batch.rows_per_sequence} ({recipe.algorithm.views['name']})")
     table.add_row("micro-batches per update", f"{batch.micro_batches_per_update} of {batch.rows_per_micro_batch} rows on each learner")
     table.add_row("optimizer steps", ", ".join(f"{phase} {steps:,}" for phase, steps in plan.optimizer_steps.items()))
     table.add_row("parameters", f"{plan.parameters:,} in {recipe.model.dtype}")
     return table
+
+
+def _pipeline_text(recipe: Recipe, batch: BatchPlan) -> str:
+    ahead, config = recipe.algorithm.max_staleness, recipe.algorithm
+    if config.behavior == "rollout":
+        weights = "ratios against what generated them"
+    else:
+        weights = "not weighed" if config.correction == "none" else f"weights of at most {config.correction_cap:g}"
+    adopted = "amid batches" if recipe.weights.in_flight else "between batches"
+    return (
+        f"{ahead + 1} batches of {batch.sequences:,} sequences in flight, rollouts up to {ahead} versions old, {weights}; "
+        f"new weights are adopted {adopted}"
+    )
 
 
 def sampler_text(sampler: SamplerConfig) -> str:

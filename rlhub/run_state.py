@@ -20,6 +20,7 @@ from rlhub.config import AlgorithmConfig, OptimizerConfig, Recipe
 from rlhub.data import Task
 from rlhub.errors import UserError
 from rlhub.evals import evaluate
+from rlhub.health import staleness
 from rlhub.metrics import SpanClock, busy_union, idle_share
 from rlhub.noise import Noise
 from rlhub.packing import evaluate_documents
@@ -146,7 +147,7 @@ class Session:
     def publish_at(self, phase: str, step: int) -> None:
         """Versions count the steps of all phases, so they grow through a run."""
         offset = self.recipe.sft.steps if phase != "sft" and "sft" in self.recipe.run.phases else 0
-        receipt = self.crew.publish(offset + step)
+        receipt = self.crew.publish(offset + step, self.recipe.weights.in_flight)
         self.row |= {"sync/receipt_ok": 1.0, "sync/version": receipt.version, "system/sync_bytes": receipt.num_bytes}
 
     def finish_step(self, metrics: dict[str, Any], num_samples: int) -> None:
@@ -176,8 +177,12 @@ class Session:
             self.row["system/workers_lost"] = lost
 
     def check_replay(self, step: int, rollouts: list[Rollout]) -> dict[str, float]:
-        """Have the learners recompute the recorded log-probs of `run.replay_check` rollouts; a gap in exact fp32 is told at once."""
-        chosen = choose_rollouts(rollouts, self.recipe.run.replay_check, step)
+        """Have the learners recompute the recorded log-probs of `run.replay_check` rollouts; a gap in exact fp32 is told at once.
+
+        Only rollouts of the learners' weights can be compared, so from the second step on there are none where batches are generated ahead.
+        """
+        current = [rollout for rollout, age in zip(rollouts, staleness(rollouts, self.crew.version), strict=True) if age == 0]
+        chosen = choose_rollouts(current, self.recipe.run.replay_check, step)
         if not chosen:
             return {}
         metrics = self.crew.learn("replay_check", chosen)

@@ -86,6 +86,8 @@ class Rollout:
     step that first filled a position, and the log-probs, `entropy` and `order` are those of the token that stands.
 
     Attributes:
+        policy_version: of the weights that wrote each token that stands; where never filled, of those that ended the row. A rollout that
+            spans versions counts as its oldest.
         entropy: nats, of the model's law at temperature 1 at the step that committed the token; NaN where never filled.
         order: rank of each token among those committed in the same step, the sampler's first choice being 0; NEVER where never filled.
         predictions: the canvas as it was predicted at each step: drawn tokens where it was masked, the token that stood elsewhere;

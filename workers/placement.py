@@ -46,16 +46,19 @@ class Crew:
         """The values of futures, see `gather`."""
         return gather(self.runtime, futures)
 
-    def publish(self, version: int) -> Receipt:
+    def publish(self, version: int, concurrent: bool = False) -> Receipt:
         """Give every generator the learners' weights as `version` and compare receipts.
 
         A generator that is being rebuilt or does not answer in time is left out; it is brought up to date when it is readmitted.
+
+        Args:
+            concurrent: generators adopt them between two steps of the batch that they are at, instead of after it.
 
         Raises:
             SyncError: a generator holds something else than the learners.
         """
         self.version = version
-        receipts = self.transport.push(self.generators.handles, version)
+        receipts = self.transport.push(self.generators.handles, version, concurrent)
         self.last_receipt = self.learn("receipt", version, self.bucket_bytes)
         handles = {handle.name: handle for handle in self.generators.handles}
         for name, future in receipts.items():
@@ -126,7 +129,7 @@ def demands(recipe: Recipe) -> dict[str, Resources]:
     return {
         "learner": Resources(roles.threads, roles.gpus_per_learner),
         "scorer": Resources(roles.threads, roles.gpus_per_scorer),
-        "generator": Resources(roles.threads, roles.gpus_per_generator, restarts=-1),
+        "generator": Resources(roles.threads, roles.gpus_per_generator, restarts=-1, concurrent=recipe.weights.in_flight),
         "reward": Resources(1, roles.gpus_per_reward_worker, restarts=-1),
     }
 

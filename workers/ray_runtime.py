@@ -81,11 +81,20 @@ def _log_to(path: str) -> None:
         os.dup2(file.fileno(), 2)
 
 
+BESIDE = "beside"  # concurrency group of calls that run beside the others
+
+
 @dataclass(frozen=True)
 class RayHandle:
     name: str
     actor: Any
     log_file: str | None
+    concurrent: bool = False
+
+    def method(self, name: str, concurrent: bool) -> Any:
+        """A method of the actor, for its second thread where that is asked for and there is one."""
+        method = getattr(self.actor, name)
+        return method.options(concurrency_group=BESIDE) if concurrent and self.concurrent else method
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ class RayRuntime:
     dashboard: bool = False
     reserve_timeout: float = 120.0
     handles: list[RayHandle] = field(default_factory=list, init=False)
-    pending: list[tuple[str, Any]] = field(default_factory=list, init=False)
+    pending: list[tuple[str, Any, float]] = field(default_factory=list, init=False)  # worker, interval of a call, when it was submitted
 
     def __post_init__(self) -> None:
         self.owns_connection = not ray.is_initialized()
@@ -143,7 +152,7 @@ class RayRuntime:
         host = type(build.__name__, (Host,), {"__doc__": build.__doc__})
         log_file = None if self.log_folder is None else str(self.log_folder / f"{name}.log")
         actor = (
-            ray.remote(host)
+            ray.remote(concurrency_groups={BESIDE: 1} if resources.concurrent else {})(host)
             .options(
                 name=f"{name}-{secrets.token_hex(4)}",
                 num_cpus=resources.cpus,
@@ -154,13 +163,13 @@ class RayRuntime:
             )
             .remote(name, log_file, build, kwargs)
         )
-        handle = RayHandle(name, actor, log_file)
+        handle = RayHandle(name, actor, log_file, resources.concurrent)
         self.handles.append(handle)
         return handle
 
-    def submit(self, handle: RayHandle, method: str, *args: Any) -> RayFuture:
-        value, interval = handle.actor.call.remote(method, *_references(args))
-        self.pending.append((handle.name, interval))
+    def submit(self, handle: RayHandle, method: str, *args: Any, concurrent: bool = False) -> RayFuture:
+        value, interval = handle.method("call", concurrent).remote(method, *_references(args))
+        self.pending.append((handle.name, interval, time.time()))
         return RayFuture(value, handle)
 
     def put(self, value: Any) -> RayFuture:
@@ -170,7 +179,7 @@ class RayRuntime:
         with _translated(handle):
             *items, interval = handle.actor.stream.options(num_returns="streaming").remote(method, *_references(args))
             ray.get(interval)  # where an error of the method would stand
-        self.pending.append((handle.name, interval))
+        self.pending.append((handle.name, interval, time.time()))
         return [RayFuture(item, handle) for item in items]
 
     def get(self, future: RayFuture) -> Any:
@@ -183,7 +192,7 @@ class RayRuntime:
         return [by_ref[ref] for ref in ready]
 
     def ping(self, handle: RayHandle) -> RayFuture:
-        return RayFuture(handle.actor.ping.remote(), handle)
+        return RayFuture(handle.method("ping", concurrent=True).remote(), handle)
 
     def restart(self, handle: RayHandle) -> None:
         ray.kill(handle.actor, no_restart=False)
@@ -191,7 +200,12 @@ class RayRuntime:
     def take_intervals(self) -> dict[str, list[Interval]]:
         taken: dict[str, list[Interval]] = defaultdict(list)
         pending, self.pending = self.pending, []
-        for name, ref in pending:
+        ended = set(ray.wait([ref for _, ref, _ in pending], num_returns=len(pending), timeout=0)[0]) if pending else set()
+        for name, ref, submitted in pending:
+            if ref not in ended:  # it runs, or waits for calls that do: until now its worker was busy
+                taken[name].append((submitted, time.time()))
+                self.pending.append((name, ref, submitted))
+                continue
             try:
                 interval = ray.get(ref)
             except Exception:  # a failed call has no interval, and whoever gets its value gets its error

@@ -18,11 +18,17 @@ Interval = tuple[float, float]  # seconds since the epoch by the worker's own cl
 
 @dataclass(frozen=True)
 class Resources:
-    """What one worker asks for. `restarts`: times that it may be rebuilt from its constructor arguments; -1 without bound."""
+    """What one worker asks for.
+
+    Args:
+        restarts: times that it may be rebuilt from its constructor arguments; -1 without bound.
+        concurrent: it has a second thread for calls that are submitted as `concurrent`. Without, its calls run one after the other.
+    """
 
     cpus: float = 1
     gpus: float = 0
     restarts: int = 0
+    concurrent: bool = False
 
 
 class Handle(Protocol):
@@ -36,7 +42,13 @@ class Runtime(Protocol):
 
     def spawn(self, name: str, build: Callable[..., Any], resources: Resources, **kwargs: Any) -> Handle: ...
 
-    def submit(self, handle: Handle, method: str, *args: Any) -> Any: ...
+    def submit(self, handle: Handle, method: str, *args: Any, concurrent: bool = False) -> Any:
+        """A future of a call, which runs after all that were submitted before it.
+
+        Args:
+            concurrent: run it beside them where the worker has a second thread (`Resources`), in turn among calls of this kind.
+        """
+        ...
 
     def put(self, value: Any) -> Any:
         """A future of a value that several calls will receive, so that it is sent once."""
@@ -95,7 +107,7 @@ class LocalRuntime:
     def spawn(self, name: str, build: Callable[..., Any], resources: Resources, **kwargs: Any) -> LocalHandle:
         return LocalHandle(name, build(**kwargs))
 
-    def submit(self, handle: LocalHandle, method: str, *args: Any) -> LocalFuture:
+    def submit(self, handle: LocalHandle, method: str, *args: Any, concurrent: bool = False) -> LocalFuture:
         started = time.time()
         try:
             return LocalFuture(getattr(handle.worker, method)(*_resolved(args)))

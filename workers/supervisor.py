@@ -2,6 +2,9 @@
 
 A piece of work that was on a worker when it died or passed its deadline is given to another one; the dead worker is rebuilt, brought up
 to date and readmitted. Work is idempotent by construction (all randomness is keyed), so a repeated piece gives the same result.
+
+Work may go on in the background: `begin` hands it out, and `collect` waits for it later. Each worker takes its calls in the order in
+which they were handed out, at most one of each piece of work at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +23,38 @@ from workers.runtime import Handle, Runtime
 log = logging.getLogger("rlhub")
 
 
+@dataclass(eq=False)
+class Work:
+    """Pieces that a pool works on; `Pool.collect` gives their results."""
+
+    method: str
+    pieces: Sequence[tuple[Any, ...]]
+    give_up: Callable[[int, WorkerLost], Any] | None
+
+    def __post_init__(self) -> None:
+        self.results: list[Any] = [None] * len(self.pieces)
+        self.waiting = deque(range(len(self.pieces)))  # pieces that no worker has
+        self.tries = [0] * len(self.pieces)
+        self.missing = len(self.pieces)
+        self.error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.missing == 0 or self.error is not None
+
+    def give(self, index: int, result: Any) -> None:
+        self.results[index] = result
+        self.missing -= 1
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    future: Any
+    work: Work
+    index: int
+    since: float
+
+
 @dataclass
 class Pool:
     """Workers of one role.
@@ -29,6 +64,10 @@ class Pool:
         deadline: seconds after which a piece of work counts as hanging and its worker is restarted; None waits for ever.
         attempts: times that one piece of work may be tried.
         patience: seconds that the pool waits for a worker to come back when it has none left.
+
+    Example:
+        >>> work = pool.begin("generate", [(requests, settings, version)])  # doctest: +SKIP
+        >>> pool.collect(work)  # doctest: +SKIP
     """
 
     runtime: Runtime
@@ -38,7 +77,13 @@ class Pool:
     attempts: int = 3
     patience: float = 120.0
     num_lost: int = field(default=0, init=False)
-    _back: dict[str, Any] = field(default_factory=dict, init=False)  # the ping that a lost worker has yet to answer
+
+    def __post_init__(self) -> None:
+        self._works: list[Work] = []  # unfinished, oldest first
+        self._calls: dict[str, deque[_Call]] = {handle.name: deque() for handle in self.handles}  # of each worker; it runs the first
+        self._heard: dict[str, float] = {handle.name: 0.0 for handle in self.handles}  # when each last finished a call
+        self._back: dict[str, Any] = {}  # the ping that a lost worker has yet to answer
+        self._alone_since: float | None = None  # when the pool had no worker left
 
     def map(self, method: str, pieces: Sequence[tuple[Any, ...]], give_up: Callable[[int, WorkerLost], Any] | None = None) -> list[Any]:
         """Results of `method(*piece)` in the order of `pieces`.
@@ -49,75 +94,122 @@ class Pool:
         Raises:
             WorkerLost: a piece failed too often, or no worker came back in time.
         """
-        results: list[Any] = [None] * len(pieces)
-        waiting = deque(range(len(pieces)))
-        tries = [0] * len(pieces)
-        idle = deque(handle for handle in self.handles if handle.name not in self._back)
-        running: dict[int, tuple[Any, Handle, int, float]] = {}
-        alone_since = None  # when the pool had no worker left
+        return self.collect(self.begin(method, pieces, give_up))
 
-        def lost(handle: Handle, index: int, error: WorkerLost) -> None:
-            self._lose(handle, error)
-            if tries[index] < self.attempts:
-                waiting.append(index)
-            elif give_up is not None:
-                results[index] = give_up(index, error)
-            else:
-                raise error
+    def begin(self, method: str, pieces: Sequence[tuple[Any, ...]], give_up: Callable[[int, WorkerLost], Any] | None = None) -> Work:
+        """Start on what `map` would do and return at once. Lost workers are replaced while anything is collected."""
+        work = Work(method, pieces, give_up)
+        self._works.append(work)
+        self._hand_out()
+        return work
 
-        while waiting or running:
-            idle.extend(self._returned(wait=not idle and not running))
-            while idle and waiting:
-                handle, index = idle.popleft(), waiting.popleft()
-                tries[index] += 1
-                future = self.runtime.submit(handle, method, *pieces[index])
-                running[id(future)] = (future, handle, index, time.monotonic())
-            if running:
-                alone_since = None
-            else:
-                alone_since = alone_since or time.monotonic()
-                if time.monotonic() - alone_since > self.patience:
-                    raise WorkerLost(f"none of {', '.join(handle.name for handle in self.handles)} came back within {self.patience:g} s")
-                continue
-            for future in self.runtime.wait([entry[0] for entry in running.values()], timeout=0.5):
-                _, handle, index, _ = running.pop(id(future))
-                try:
-                    results[index] = self.runtime.get(future)
-                    idle.append(handle)
-                except StaleWeights:
-                    tries[index] -= 1
-                    waiting.appendleft(index)
-                    try:
-                        self.refresh(handle)
-                        idle.append(handle)
-                    except WorkerLost as error:
-                        self._lose(handle, error)
-                except WorkerLost as error:
-                    lost(handle, index, error)
-            for key, (_, handle, index, started) in list(running.items()):
-                if self.deadline is not None and time.monotonic() - started > self.deadline:
-                    del running[key]
-                    self.runtime.restart(handle)
-                    lost(handle, index, WorkerHung(f"{handle.name} hung for more than {self.deadline:g} s"))
-        return results
+    def collect(self, work: Work) -> list[Any]:
+        """Wait for the results of `begin`, in the order of its pieces; raises as `map` does."""
+        while not work.done:
+            self._turn()
+        if work.error is not None:
+            raise work.error
+        return work.results
 
-    def _lose(self, handle: Handle, error: WorkerLost) -> None:
+    def settle(self) -> None:
+        """Wait until nothing runs in the background; results and errors stay for `collect`."""
+        while any(not work.done for work in self._works):
+            self._turn()
+
+    def _turn(self) -> None:
+        """Hand out what waits, and take what is done or lost."""
+        self._readmit(wait=not any(self._calls.values()))
+        self._hand_out()
+        calls = {id(call.future): (handle, call) for handle in self.handles for call in self._calls[handle.name]}
+        if not calls:
+            self._alone_since = self._alone_since or time.monotonic()
+            if time.monotonic() - self._alone_since > self.patience:
+                raise WorkerLost(f"none of {', '.join(handle.name for handle in self.handles)} came back within {self.patience:g} s")
+            return
+        self._alone_since = None
+        ready = self.runtime.wait([call.future for _, call in calls.values()], timeout=0.5)
+        for future in ready:
+            handle, call = calls[id(future)]
+            if call in self._calls[handle.name]:  # else it was taken back with a lost worker
+                self._take(handle, call)
+        if not ready and self.deadline is not None:
+            self._end_hanging()
+        self._works = [work for work in self._works if not work.done]
+
+    def _hand_out(self) -> None:
+        for work in self._works:
+            while work.waiting:
+                free = [
+                    handle
+                    for handle in self.handles
+                    if handle.name not in self._back and all(call.work is not work for call in self._calls[handle.name])
+                ]
+                if not free:
+                    break
+                handle, index = min(free, key=lambda handle: len(self._calls[handle.name])), work.waiting.popleft()
+                work.tries[index] += 1
+                future = self.runtime.submit(handle, work.method, *work.pieces[index])
+                self._calls[handle.name].append(_Call(future, work, index, time.monotonic()))
+
+    def _take(self, handle: Handle, call: _Call) -> None:
+        """Take the result of a call that is done."""
+        try:
+            result = self.runtime.get(call.future)
+        except WorkerLost as error:
+            self._lose(handle, error, self._calls[handle.name][0])
+            return
+        except StaleWeights:
+            self._return(handle, call)
+            try:
+                self.refresh(handle)
+            except WorkerLost as error:
+                self._lose(handle, error)
+            return
+        except Exception as error:  # of the work itself, for whoever collects it
+            call.work.error = error
+        else:
+            call.work.give(call.index, result)
+        self._calls[handle.name].remove(call)
+        self._heard[handle.name] = time.monotonic()
+
+    def _end_hanging(self) -> None:
+        for handle in self.handles:
+            calls = self._calls[handle.name]
+            if calls and time.monotonic() - max(calls[0].since, self._heard[handle.name]) > self.deadline:
+                self.runtime.restart(handle)
+                self._lose(handle, WorkerHung(f"{handle.name} hung for more than {self.deadline:g} s"), calls[0])
+
+    def _lose(self, handle: Handle, error: WorkerLost, running: _Call | None = None) -> None:
+        """Take all calls of a lost worker back. Only the one that it was running counts as tried."""
         self.num_lost += 1
         log.warning("%s", error)
         self._back[handle.name] = self.runtime.ping(handle)
+        if running is not None:
+            self._calls[handle.name].remove(running)
+            work, index = running.work, running.index
+            if work.tries[index] < self.attempts:
+                work.waiting.append(index)
+            elif work.give_up is not None:
+                work.give(index, work.give_up(index, error))
+            else:
+                work.error = error
+        for call in reversed(list(self._calls[handle.name])):
+            self._return(handle, call)
 
-    def _returned(self, wait: bool) -> list[Handle]:
-        """Lost workers that answer again; `wait` gives them half a second to do so."""
-        returned = []
-        for handle in self.handles:
-            ping = self._back.get(handle.name)
-            if ping is None or not self.runtime.wait([ping], timeout=0.5 if wait else 0):
+    def _return(self, handle: Handle, call: _Call) -> None:
+        """Put a call's piece back as if it had never been handed out."""
+        self._calls[handle.name].remove(call)
+        call.work.tries[call.index] -= 1
+        call.work.waiting.appendleft(call.index)
+
+    def _readmit(self, wait: bool) -> None:
+        """Let lost workers that answer again take part; `wait` gives them half a second to do so."""
+        for name, ping in list(self._back.items()):
+            if not self.runtime.wait([ping], timeout=0.5 if wait else 0):
                 continue
             try:
                 self.runtime.get(ping)
             except WorkerLost:  # still being rebuilt
-                self._back[handle.name] = self.runtime.ping(handle)
+                self._back[name] = self.runtime.ping(next(handle for handle in self.handles if handle.name == name))
             else:
-                del self._back[handle.name]
-                returned.append(handle)
-        return returned
+                del self._back[name]

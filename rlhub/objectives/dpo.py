@@ -14,6 +14,7 @@ from rlhub.objectives import by_pair, pair_metrics
 from rlhub.types import Credit, Scores
 
 NEEDS = ("reference",)
+ADVANTAGES = False
 
 
 @dataclass(frozen=True)

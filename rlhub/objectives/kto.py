@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhub.types import Credit, Scores
 
 NEEDS = ("reference",)
+ADVANTAGES = False
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from torch import Tensor
 from rlhub.objectives import valid_mean
 from rlhub.types import Credit, Scores
 
+ADVANTAGES = False
+
 
 @dataclass(frozen=True)
 class Config:

@@ -10,6 +10,8 @@ from torch import Tensor
 from rlhub.objectives import by_pair, pair_metrics
 from rlhub.types import Credit, Scores
 
+ADVANTAGES = False
+
 
 @dataclass(frozen=True)
 class Config:

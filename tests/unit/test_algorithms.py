@@ -224,9 +224,12 @@ def test_views_do_not_depend_on_the_batch_they_are_cut_from(setting):
     assert own.score_weight.tolist() == views.score_weight[views.score_sample == 5].tolist()
 
 
+EXACT_ROLLOUTS = ["algorithm.behavior=rollout", "algorithm.length=canvas", "sampler.early_stop=off"]
+
+
 def test_log_probs_of_the_rollout_serve_as_behavior():
     """Left to right they are the exact ones: recorded under the same weights, every ratio is 1."""
-    algorithm = Algorithm.compose(load_recipe(RECIPES / "justgrpo.yaml", ["algorithm.behavior=rollout"]).algorithm)
+    algorithm = Algorithm.compose(load_recipe(RECIPES / "justgrpo.yaml", EXACT_ROLLOUTS).algorithm)
     batch = make_batch(algorithm)
     credit = algorithm.credit(batch)
     views = algorithm.make_views(batch, credit, Noise(run_seed=1), update=0)

@@ -87,7 +87,7 @@ BAD = [
     ([SORT, "algorithm.reference=none"], ["algorithm.reference", "=frozen"]),
     ([SORT, "algorithm.reference=ema"], ["'ema'", "sync_every:64"]),
     ([SORT, "algorithm.completions_per_prompt=1"], ["at least 2", "1"]),
-    ([SORT, "algorithm.max_staleness=2"], ["2", "use 0"]),
+    ([SORT, "algorithm.max_staleness=2"], ["algorithm.correction", "low_confidence", "correction=none", "max_staleness=0"]),
     ([SORT, "algorithm.on_invalid=zero"], ["'zero'", "drop_sample"]),
     ([SORT, "roles.learners=2"], ["2", "run.runtime=ray"]),
     ([SORT, "learner.micro_batch_tokens=7"], ["7", "at least 8"]),

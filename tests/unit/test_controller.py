@@ -536,7 +536,7 @@ class Recording:
         self.calls.append((self.role, "generate", (len(requests), version)))
         if version != self.version:
             raise StaleWeights("old")
-        fields = vars(rollout(0))
+        fields = vars(rollout(0)) | {"policy_version": np.full(4, version, np.int32)}
         return [Rollout(**{**fields, "uid": request.uid, "group_uid": request.group_uid}) for request in requests]
 
     def grade(self, items: list) -> list[RewardResult]:

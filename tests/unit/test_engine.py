@@ -79,6 +79,10 @@ def test_bounds_become_the_uniforms():
     assert (bounds <= uniforms).all() and (uniforms - bounds <= 2**-53).all()
 
 
+def token_noise(keys) -> TokenNoise:
+    return TokenNoise(NOISE.stream("token"), *torch.tensor(keys).unbind(1))
+
+
 @pytest.mark.parametrize("reach", [16.0, 1.0, 1e-3])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
 def test_the_short_race_has_the_winner_of_the_full_one(reach, scale):
@@ -92,7 +96,7 @@ def test_the_short_race_has_the_winner_of_the_full_one(reach, scale):
     with np.errstate(divide="ignore"):
         times = [-np.log1p(-NOISE.uniform("token", vocab_size, uid=uid, step=step, position=at)) for uid, step, at in keys[2:]]
         expected = [np.argmin(time / np.exp(row.double().numpy())) for time, row in zip(times, scores, strict=True)]
-    won = TokenNoise(NOISE.stream("token"), keys).race(scores, weights.clone(), weights.sum(1), first=2, reach=reach)
+    won = token_noise(keys).race_on_host(scores, weights.clone(), weights.sum(1), first=2, reach=reach)
     assert won.tolist() == expected
 
 
@@ -101,12 +105,12 @@ def test_the_short_race_has_the_winner_of_the_full_one(reach, scale):
     ("temperature", "top_k", "top_p"), [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.6, 0, 1.0), (1.5, 3, 1.0), (0.8, 0, 0.7), (1.0, 4, 0.8)]
 )
 def test_statistics_in_slices_equal_their_formulas(monkeypatch, slice_rows, temperature, top_k, top_p):
-    monkeypatch.setattr(row_stats, "LOGITS_AT_ONCE", slice_rows * VOCAB)
+    monkeypatch.setitem(row_stats.LOGITS_AT_ONCE, "cpu", slice_rows * VOCAB)
     logits = 2 * torch.randn(11, VOCAB, generator=torch.Generator().manual_seed(2))
     law = Law(temperature, top_k, top_p, banned=(MASK,))
-    noise = TokenNoise(NOISE.stream("token"), [(row, 0, 0) for row in range(11)]) if temperature else None
+    noise = token_noise([(row, 0, 0) for row in range(11)]) if temperature else None
     needs = ("entropy", "margin", "top_logp", "law_logp", "law_entropy", "law_margin")
-    stats = streamed_stats(lambda part: logits[part].clone(), 11, VOCAB, law, noise, needs)
+    stats = streamed_stats(lambda part: logits[part].clone(), 11, VOCAB, law, noise, needs, logits.device)
     for row in range(11):
         allowed = logits[row].double().numpy().copy()
         allowed[MASK] = -np.inf
@@ -154,7 +158,7 @@ def entropy(law: np.ndarray) -> float:
 
 
 def test_no_more_logits_at_once_than_the_budget(monkeypatch):
-    monkeypatch.setattr(row_stats, "LOGITS_AT_ONCE", 5 * VOCAB)
+    monkeypatch.setitem(row_stats.LOGITS_AT_ONCE, "cpu", 5 * VOCAB)
     watched = Watched(network())
     Engine(watched).generate(requests(), sampler(), NOISE)
     assert max(watched.positions) <= 5 and sum(watched.positions) == 6 * 3 * (4 + 2)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from announcing import PATIENCE, Announcing
 from torch import Tensor
 
 from rlhub.checkpoint import save_network
@@ -15,7 +17,7 @@ from rlhub.config import SamplerConfig
 from rlhub.errors import DataError, UserError
 from rlhub.models import dream, llada, llada2, llada_moe, sdar
 from rlhub.noise import Noise
-from rlhub.types import Layout, Request, Rollout
+from rlhub.types import NEVER, Layout, Request, Rollout
 from workers.engines import torch_engine, vllm_engine
 from workers.generator import Generator, StaleWeights
 from workers.sync import buckets_of, receipt_of
@@ -200,7 +202,7 @@ def test_shared_prefixes_are_found_until_the_weights_change():
     assert hits() == 4 * 64  # two pages of the first request
     assert hits() == 5 * 64
     ours.model.load_state_dict(network(sdar, seed=2).state_dict())
-    ours.weights_changed()
+    ours.weights_changed(1)
     assert hits() == 4 * 64
 
 
@@ -217,6 +219,106 @@ def test_a_generator_adopts_pushed_weights(tmp_path):
         assert differences(generator.generate(requests(), sampler(), version), expected) == 0
     with pytest.raises(StaleWeights):
         generator.generate(requests(), sampler(), 7)
+
+
+def continued(old: torch.nn.Module, new: torch.nn.Module, request: Request, settings: SamplerConfig, steps: int) -> Rollout:
+    """A rollout of the torch engine whose model gets other weights after some of its steps, with versions 0 and 1."""
+    model = copy.deepcopy(old if steps else new)
+    ours, taken = torch_engine.Engine(model), []
+
+    def on_step() -> None:
+        taken.append(1)
+        if len(taken) == steps:
+            model.load_state_dict(new.state_dict())
+            ours.weights_changed(1)
+
+    return ours.generate([request], settings, NOISE, int(steps == 0), on_step)[0]
+
+
+def differences_of_a_push(found: list[Rollout], old: torch.nn.Module, new: torch.nn.Module, settings: SamplerConfig) -> int:
+    """Rollouts that differ from the torch engine's with the push after the same step of each: vLLM's rows are not all as far.
+
+    Every step must commit something. Some rollouts must span the push.
+    """
+    asked = requests()
+    steps = [len(np.unique(rollout.unmask_step[(rollout.policy_version == 0) & (rollout.unmask_step != NEVER)])) for rollout in found]
+    assert sum(set(rollout.policy_version) == {0, 1} for rollout in found) >= 2
+    expected = [continued(old, new, request, settings, count) for request, count in zip(asked, steps, strict=True)]
+    return differences(found, expected)
+
+
+def push_when(ours: vllm_engine.Engine, settings: SamplerConfig, new: torch.nn.Module, due: Callable[[int], bool]) -> list[Rollout]:
+    """Rollouts of an engine that gets other weights at the first step that is `due`; it has its own again afterwards."""
+    old, steps, pushed = {name: value.clone() for name, value in ours.model.state_dict().items()}, [], []
+
+    def on_step() -> None:
+        steps.append(1)
+        if not pushed and due(len(steps)):
+            pushed.append(1)
+            ours.model.load_state_dict(new.state_dict())
+            ours.weights_changed(1)
+
+    try:
+        return ours.generate(requests(), settings, NOISE, 0, on_step)
+    finally:
+        assert pushed
+        ours.model.load_state_dict(old)
+        ours.weights_changed(0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("after", [4, 5, 6, 17])
+@pytest.mark.parametrize("layout", ["full", "block"])
+def test_weights_that_change_between_steps(layout, after, temperature, full, block):
+    """Eight requests, four of them at once, some of which wait, run their prompt, denoise or store a finished block at the push."""
+    ours, family = {"full": (full, llada), "block": (block, sdar)}[layout]
+    settings, new = sampler(temperature=temperature), network(family, seed=2)
+    found = push_when(ours, settings, new, lambda step: step == after)
+    assert differences_of_a_push(found, ours.model, new, settings) == 0
+
+
+def test_old_pages_would_give_other_rollouts(block, monkeypatch):
+    """So the comparison above notices keys and values that are not computed again."""
+    settings, new = sampler(temperature=0.0), network(sdar, seed=2)
+    reset = block.llm.reset_prefix_cache
+    monkeypatch.setattr(block.llm, "reset_prefix_cache", lambda **_: None)
+    found = push_when(block, settings, new, lambda step: step == 6)
+    reset()
+    assert differences_of_a_push(found, block.model, new, settings) >= 2
+
+
+def test_weights_that_change_while_requests_are_preempted():
+    """The push comes when pages have run out for the first time, and again the requests are served to their end, once each."""
+    model, new, settings = network(sdar), network(sdar, seed=2), sampler(length=48, steps=24)
+    token_bytes = 2 * model.shape.num_layers * model.shape.num_kv_heads * model.shape.head_dim * 4
+    ours = engine(model, kv_bytes=6 * 32 * token_bytes)
+    before = ours.metric("vllm:num_preemptions")
+    found = push_when(ours, settings, new, lambda step: ours.metric("vllm:num_preemptions") > before)
+    assert [rollout.uid for rollout in found] == [request.uid for request in requests()]
+    steps = [len(np.unique(rollout.unmask_step[rollout.policy_version == 0])) for rollout in found]
+    assert sum(0 < count < 24 for count in steps) >= 2
+    expected = [continued(model, new, request, settings, count) for request, count in zip(requests(), steps, strict=True)]
+    assert differences(found, expected) == 0
+
+
+def test_a_generator_adopts_weights_in_the_middle_of_a_batch(tmp_path):
+    """Pushed by another thread; half of new weights ends the batch and leaves the engine able to serve."""
+    old, new, settings = network(sdar, seed=1), network(sdar, seed=2), sampler()
+    save_network(old, tmp_path)
+    generator = Generator(str(tmp_path), NOISE.run_seed, engine="vllm", max_rows=4)
+    KEPT.append(generator)
+    old_buckets, buckets = (list(buckets_of(model.state_dict(), 1 << 14)) for model in (old, new))
+    generator.receive(0, 1 << 14, *old_buckets)
+    generator.gate = Announcing({6: lambda: generator.receive(1, 1 << 14, *buckets)})
+    found = generator.generate(requests(), settings, 0)
+    assert generator.gate.futures[0].result(PATIENCE) == receipt_of(new, 1, 1 << 14)
+    assert differences_of_a_push(found, old, new, settings) == 0
+    generator.gate = Announcing({5: lambda: generator.receive(2, 1 << 14, *old_buckets[:-1], old_buckets[-1][:-4])})
+    with pytest.raises(StaleWeights, match="a part"):
+        generator.generate(requests(), settings, 1)
+    generator.receive(2, 1 << 14, *old_buckets)
+    expected = torch_engine.Engine(old).generate(requests(), settings, NOISE, 2)
+    assert differences(generator.generate(requests(), settings, 2), expected) == 0
 
 
 def test_what_is_not_served_is_refused(block):

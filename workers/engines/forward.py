@@ -90,6 +90,14 @@ class Forward:
                 self.cache.copy(source, copies, length)
             self.kept[[source, *copies.tolist()]] = self.kept[[source, *copies.tolist()]].clamp_min(length)
 
+    def forget(self) -> None:
+        """Keep nothing that was computed so far, so that the next step of every row runs over all that it sees."""
+        if self.cache is None:
+            return
+        self.cache.clear(torch.arange(self.cache.num_slots, device=self.kept.device))
+        self.kept.zero_()
+        self.refreshed_block.fill_(-1)
+
     def hidden(self, rows: Tensor, place: Tensor, column: Tensor, hide_prompt: bool = False) -> Tensor:
         """Hidden states [M, D] that predict canvas position `column` [M] of row `place` [M], ascending, among the slots `rows` [N]."""
         begin, end = self._span(rows, rows + self.doubles * hide_prompt)

@@ -7,6 +7,7 @@ fp32 sums over the vocabulary; everything per position is float64.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -15,13 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhub import device_noise
 from rlhub.noise import Stream, from_lower_bounds
 
-# Logits that exist at once; small vocabularies are done in one go. 2^22 are 131 rows of a vocabulary of 32,000.
-LOGITS_AT_ONCE = 1 << 22
+# Logits that exist at once; small vocabularies are done in one go. 2^22 are 131 rows of a vocabulary of 32,000. Each slice reads the
+# head's weights and starts some hundred kernels, so a GPU gets larger ones: 256 MiB of fp32.
+LOGITS_AT_ONCE = {"cpu": 1 << 22, "gpu": 1 << 26}
 # E_v / p_v of the winner is exponential with mean 1 / sum p, so it exceeds REACH means once in e^16 draws; then the whole race is run.
 REACH = 16.0
 _NUMBERS_AT_ONCE = 1 << 16  # uniforms that fit into a core's cache
+_NUMBERS_ON_DEVICE = 1 << 24  # float64 uniforms of 128 MiB, and a few times that while they are made
 _NEVER = -1e30  # score of a token that cannot be drawn: its weight is 0, and times 0 it is 0, which an infinity is not
 
 
@@ -39,22 +43,49 @@ class TokenNoise:
     """The keyed noise of M positions.
 
     Args:
-        keys: (uid, step, position) of each.
+        uid, step, position: int64 [M] each, on the scores' device; see `rlhub.device_noise.uniforms`.
     """
 
-    def __init__(self, stream: Stream, keys: list[tuple[int, int, int]]) -> None:
-        self.stream, self.keys = stream, keys
+    def __init__(self, stream: Stream, uid: Tensor, step: Tensor, position: Tensor) -> None:
+        self.stream, self.key = stream, (uid, step, position)
 
-    def race(self, scores: Tensor, weights: Tensor, total: Tensor, first: int, reach: float = REACH) -> Tensor:
-        """int64 [m], the winners of positions `first` to `first + m`; the same ones as those of the full race.
+    @functools.cached_property
+    def keys(self) -> list[tuple[int, int, int]]:
+        """(uid, step, position) of each, on the host."""
+        return device_noise.host_keys(*self.key)
 
-        Another token than v wins if E_v >= c p_v for a c that some token beats, and E_v >= u_v. So logarithms are needed only where
-        u_v < c p_v, for about `reach` tokens of a position when c is `reach` / sum p.
+    def race(self, scores: Tensor, weights: Tensor, total: Tensor, first: int) -> Tensor:
+        """int64 [m], the winners of positions `first` to `first + m`, the lowest id of equals.
+
+        Uniforms are the same on every device and times are float64, so winners can differ between devices only where two tokens' scores
+        less log times lie within the rounding of float64 logarithms, some 1e-15 of their size.
 
         Args:
             scores: fp32 [m, V], log p up to a constant of each row.
-            weights: fp32 [m, V], exp(scores) = p up to the same constant. Overwritten.
+            weights: fp32 [m, V], exp(scores) = p up to the same constant. May be overwritten.
             total: [m], sums of the weights.
+        """
+        if device_noise.on_host(scores.device):
+            return self.race_on_host(scores, weights, total, first)
+        return self.race_on_device(scores, first)
+
+    def race_on_device(self, scores: Tensor, first: int) -> Tensor:
+        """`race` without the host, which does not wait for it: every token's time."""
+        count, vocab_size = scores.shape
+        together = max(1, _NUMBERS_ON_DEVICE // vocab_size)
+        winners = []
+        for start in range(0, count, together):
+            part = scores[start : start + together]
+            key = (values[first + start : first + start + len(part)] for values in self.key)
+            times = device_noise.philox_uniforms(self.stream, vocab_size, *key).neg_().log1p_().neg_()
+            winners.append((part - times.log_()).argmax(1))
+        return torch.cat(winners)
+
+    def race_on_host(self, scores: Tensor, weights: Tensor, total: Tensor, first: int, reach: float = REACH) -> Tensor:
+        """`race` with numpy, and with logarithms only where they may matter.
+
+        Another token than v wins if E_v >= c p_v for a c that some token beats, and E_v >= u_v. So logarithms are needed only where
+        u_v < c p_v, for about `reach` tokens of a position when c is `reach` / sum p.
         """
         count, vocab_size = weights.shape
         bounds = weights.mul_((reach / total)[:, None]).cpu().numpy()
@@ -90,7 +121,13 @@ def _log_exponential(uniforms: np.ndarray) -> np.ndarray:
 
 
 def streamed_stats(
-    logits_of: Callable[[slice], Tensor], count: int, vocab_size: int, law: Law, noise: TokenNoise | None, needs: Collection[str]
+    logits_of: Callable[[slice], Tensor],
+    count: int,
+    vocab_size: int,
+    law: Law,
+    noise: TokenNoise | None,
+    needs: Collection[str],
+    device: torch.device,
 ) -> dict[str, Tensor]:
     """Statistics of `count` positions, a slice of their logits at a time.
 
@@ -98,11 +135,12 @@ def streamed_stats(
         logits_of: fp32 [m, V] of a slice of the positions; overwritten.
         noise: None at temperature 0.
         needs: fields of `RowStats` beyond token, logp_model and logp_sample.
+        device: of the logits.
 
     Returns:
         [count] each, by field.
     """
-    rows = max(2, LOGITS_AT_ONCE // vocab_size)
+    rows = max(2, LOGITS_AT_ONCE["cpu" if device.type == "cpu" else "gpu"] // vocab_size)
     parts = []
     for start in range(0, count, rows):
         parts.append(describe(logits_of(slice(start, min(start + rows, count))), law, noise, start, needs))
@@ -114,8 +152,9 @@ def describe(logits: Tensor, law: Law, noise: TokenNoise | None, first: int, nee
 
     What may not be drawn keeps its share of the model's law, whose log-probs are those that training computes.
     """
-    banned = logits[:, list(law.banned)].double()
-    logits[:, list(law.banned)] = _NEVER
+    banned = torch.cat([logits[:, :0], *(logits[:, token_id : token_id + 1] for token_id in law.banned)], 1).double()
+    for token_id in law.banned:  # an index of several would be copied to the device, which waits for it
+        logits[:, token_id] = _NEVER
     if law.temperature > 0:
         best = logits.amax(1)
     else:

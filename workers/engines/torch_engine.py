@@ -3,6 +3,8 @@
 A rollout depends on its own request's uid, the weights and the sampler settings, never on what else is in the batch: noise is keyed by
 (uid, step, position) and rows do not see each other. Each row has a block and a step of its own, leaves when it is finished, and makes
 room for a request that waits. Logits exist only for positions that the sampler asks about, a slice of them at a time.
+
+Weights may change between two steps: rows at work keep their canvases, and each token is labelled with the version that committed it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhub import device_noise
 from rlhub.config import SamplerConfig
 from rlhub.errors import DataError
 from rlhub.noise import Noise, Stream
@@ -34,6 +37,7 @@ class Engine:
 
     def __init__(self, model: torch.nn.Module, device: torch.device | str = "cpu", max_rows: int = 512) -> None:
         self.model, self.device, self.max_rows = model, torch.device(device), max_rows
+        self.running: Rows | None = None
 
     @torch.no_grad()
     def generate(
@@ -47,7 +51,8 @@ class Engine:
         """One rollout per request, in their order.
 
         Args:
-            on_step: called after each step of the rows at work, for progress displays.
+            version: of the weights, the label of the tokens.
+            on_step: called after each step of the rows at work. The model may get other weights there, see `weights_changed`.
 
         Raises:
             DataError: a prompt with its canvas exceeds the model's context.
@@ -56,10 +61,20 @@ class Engine:
         check_context(requests, settings, self.model.max_length)
         if not requests:
             return []
-        return Rows(self, requests, settings, noise, version).run(on_step)
+        self.running = Rows(self, requests, settings, noise, version)
+        try:
+            return self.running.run(on_step)
+        finally:
+            self.running = None
 
-    def weights_changed(self) -> None:
-        """The model has other weights than at the last call; nothing is kept between calls."""
+    def weights_changed(self, version: int) -> None:
+        """The model has other weights now, which are `version`; called while no step is at work.
+
+        Rows at work continue as they would with an engine that finds their canvases under these weights: nothing that the weights before
+        have computed is used, other than the tokens.
+        """
+        if self.running is not None:
+            self.running.weights_changed(version)
 
 
 def check_context(requests: Sequence[Request], settings: SamplerConfig, max_length: int) -> None:
@@ -117,6 +132,7 @@ class Rows:
             "unmask_step": array(length, fill=NEVER, dtype=torch.int16),
             "logp_sample": array(length, fill=torch.nan, dtype=torch.float32),
             "logp_model": array(length, fill=torch.nan, dtype=torch.float32),
+            "policy_version": array(length, dtype=torch.int32),
         }
         if "entropy" in self.records:
             self.trace["entropy"] = array(length, fill=torch.nan, dtype=torch.float32)
@@ -130,6 +146,7 @@ class Rows:
         self.empty = {name: values[0].clone() for name, values in self.trace.items()}
         self.edits: list[list[tuple[int, int, int, int]]] = [[] for _ in range(count)]
         self.occupant = [0] * count  # index of the slot's request
+        self.uids = array()  # of the slot's request, as signed numbers
         self.results: list[Rollout | None] = [None] * len(requests)
 
     def run(self, on_step: Callable[[], None] | None = None) -> list[Rollout]:
@@ -150,10 +167,14 @@ class Rows:
                 on_step()
         return self.results
 
+    def weights_changed(self, version: int) -> None:
+        self.version = version
+        self.forward.forget()
+
     def admit(self, slot: int, index: int) -> int:
         """A request takes a slot."""
         prompt, slots = self.requests[index].prompt_ids, self.slots
-        self.occupant[slot] = index
+        self.occupant[slot], self.uids[slot] = index, device_noise.signed(self.requests[index].uid)
         slots.tokens[slot, : len(prompt)] = torch.from_numpy(np.asarray(prompt, dtype=np.int64)).to(self.device)
         slots.tokens[slot, len(prompt) : len(prompt) + self.settings.length] = self.model.mask_id
         slots.prompt_length[slot], slots.first[slot] = len(prompt), -(len(prompt) % self.forward.block_origin)
@@ -193,9 +214,8 @@ class Rows:
         logits_of = self.logits(view, row, column)
         noise = None
         if self.law.temperature > 0:
-            uids = [self.requests[self.occupant[slot]].uid for slot in view.rows[row].tolist()]
-            noise = TokenNoise(self.stream("token"), list(zip(uids, view.state.number[row].tolist(), column.tolist(), strict=True)))
-        values = streamed_stats(logits_of, len(column), self.model.vocab_size, self.law, noise, self.needs)
+            noise = TokenNoise(self.stream("token"), self.uids[view.rows[row]], view.state.number[row], column)
+        values = streamed_stats(logits_of, len(column), self.model.vocab_size, self.law, noise, self.needs, self.device)
         if "predictions" in self.records:
             self.record_predictions(view, row, column, values["token"])
         return view.grid(row, column, values)
@@ -259,6 +279,7 @@ class Rows:
             number = torch.where(old == self.model.mask_id, number, self.trace["unmask_step"][slot, column])
         self.slots.tokens[slot, place] = token
         self.trace["unmask_step"][slot, column] = number.to(torch.int16)
+        self.trace["policy_version"][slot, column] = self.version
         for name in ("logp_sample", "logp_model", "entropy"):
             if name in self.trace:
                 self.trace[name][slot, column] = getattr(stats, name)[row, cell].float()
@@ -294,17 +315,18 @@ class Rows:
         ends = np.flatnonzero(canvas == eos_id)
         if settings.early_stop == "fill_eos" and len(ends):
             canvas = np.where(canvas == self.model.mask_id, eos_id, canvas)
+        trace = {name: values[slot].cpu().numpy().copy() for name, values in self.trace.items()}
+        trace["policy_version"][trace["unmask_step"] == NEVER] = self.version
         return Rollout(
             uid=request.uid,
             group_uid=request.group_uid,
             prompt_ids=request.prompt_ids,
             completion_ids=canvas.astype(np.int32),
             length=int(ends[0]) + 1 if len(ends) else settings.length,
-            policy_version=np.full(settings.length, self.version, dtype=np.int32),
             num_forwards=int(self.slots.forwards[slot]),
             sampler=dataclasses.asdict(settings),
             edits=tuple(self.edits[slot]) if self.edits_tokens or "edits" in self.records else None,
-            **{name: values[slot].cpu().numpy().copy() for name, values in self.trace.items()},
+            **trace,
         )
 
     def stream(self, purpose: str) -> Stream:
@@ -338,10 +360,9 @@ class View:
     def uniforms(self, purpose: str) -> Tensor:
         """float64 [R, W], see `rlhub.samplers`."""
         rollouts, length = self.rollouts, self.rollouts.settings.length
-        stream = rollouts.stream(purpose)
-        uids = [rollouts.requests[rollouts.occupant[slot]].uid for slot in self.rows.tolist()]
-        drawn = [stream.uniform(length, uid=uid, step=step) for uid, step in zip(uids, self.state.number.tolist(), strict=True)]
-        return torch.from_numpy(np.stack(drawn)).to(self.rows.device).gather(1, self.columns.clamp(0, length - 1))
+        number = self.state.number
+        drawn = device_noise.uniforms(rollouts.stream(purpose), length, rollouts.uids[self.rows], number, torch.zeros_like(number))
+        return drawn.gather(1, self.columns.clamp(0, length - 1))
 
     def grid(self, row: Tensor, column: Tensor, values: dict[str, Tensor]) -> RowStats:
         """Statistics [M] of canvas positions `column` of rows `row` as `[R, W]`; those outside the active blocks are left out."""

@@ -73,6 +73,7 @@ class Engine:
         self.tokens_at_once = max(longest + self.driver.width + 2, TOKENS_AT_ONCE["cpu" if self.device.type == "cpu" else "gpu"])
         self.max_running = min(max_rows, self.tokens_at_once // self.driver.width) if self.layout != "full" else max_rows
         self.llm = self._start(kv_bytes)
+        self.running: Run | None = None
         self.names = itertools.count()
 
     def _start(self, kv_bytes: int | None):
@@ -133,11 +134,21 @@ class Engine:
             raise ValueError(f"sampler.block_length: got {settings.block_length}, but the model works in blocks of {self.block_length}")
         if not requests:
             return []
-        return Run(self, requests, settings, noise, version).run(on_step)
+        self.running = Run(self, requests, settings, noise, version)
+        try:
+            return self.running.run(on_step)
+        finally:
+            self.running = None
 
-    def weights_changed(self) -> None:
-        """Forget keys and values that were computed with other weights."""
-        self.llm.reset_prefix_cache()
+    def weights_changed(self, version: int) -> None:
+        """See `torch_engine.Engine.weights_changed`.
+
+        vLLM preempts its requests, so that their pages are computed again, and empties the prefix cache. Under the layout `full` it keeps
+        no keys and values.
+        """
+        if self.running is not None:
+            self.running.weights_changed(version)
+        self.llm.reset_prefix_cache(reset_running_requests=self.layout != "full")
 
     def metric(self, name: str) -> int:
         """A counter of vLLM's since the start, such as `vllm:num_preemptions`; vLLM counts for the engine that was made last."""
@@ -168,6 +179,9 @@ class Lookup:
         self.block_origin = block_length if layout == "block" else 1
         self.states = torch.empty(0)  # [N, D]
         self.place = torch.zeros_like(slots.prompt_length)  # of the hidden state of each slot's position 0, were it there
+
+    def forget(self) -> None:
+        """Nothing is kept here; the engine tells vLLM."""
 
     def hidden(self, rows: Tensor, place: Tensor, column: Tensor, hide_prompt: bool = False) -> Tensor:
         """Hidden states [M, D] that predict canvas position `column` [M] of row `place` [M] among the slots `rows` [N]."""

@@ -78,30 +78,31 @@ class CollectiveTransport:
         self.generation = 0
         self.members: dict[str, int] = {}  # process of each receiver in the group; a rebuilt one has another and no place in it
 
-    def push(self, receivers: Sequence[Handle], version: int) -> dict[str, Any]:
+    def push(self, receivers: Sequence[Handle], version: int, concurrent: bool = False) -> dict[str, Any]:
         self.late.buckets = []
         processes = self._processes(receivers)
         receivers = [receiver for receiver in receivers if receiver.name in processes]
         if self.members != processes:
-            self._form(receivers, processes)
+            self._form(receivers, processes, concurrent)
         if not self.members:
-            return self.late.push(receivers, version)
+            return self.late.push(receivers, version, concurrent)
         others = self.late.gather_others()
-        futures = {receiver.name: self.runtime.submit(receiver, "receive_broadcast", version, self.bucket_bytes) for receiver in receivers}
+        arguments = ("receive_broadcast", version, self.bucket_bytes)
+        futures = {receiver.name: self.runtime.submit(receiver, *arguments, concurrent=concurrent) for receiver in receivers}
         try:
             self.runtime.get(self.runtime.submit(self.learners[0], "broadcast", self.bucket_bytes))
         except (WorkerLost, RuntimeError):
             # A member was lost: the survivors' group is void, and they take this version through the object store.
             self.members = {}
-            futures = {receiver.name: self.refresh(receiver, version) for receiver in receivers}
+            futures = {receiver.name: self.refresh(receiver, version, concurrent) for receiver in receivers}
         for other in others:
             self.runtime.get(other)
         return futures
 
-    def refresh(self, receiver: Handle, version: int) -> Any:
+    def refresh(self, receiver: Handle, version: int, concurrent: bool = False) -> Any:
         if not self.late.buckets:
             self.late.publish()
-        return self.late.refresh(receiver, version)
+        return self.late.refresh(receiver, version, concurrent)
 
     def close(self) -> None:
         self.late.close()
@@ -117,14 +118,14 @@ class CollectiveTransport:
                 continue
         return processes
 
-    def _form(self, receivers: Sequence[Handle], processes: dict[str, int]) -> None:
+    def _form(self, receivers: Sequence[Handle], processes: dict[str, int], concurrent: bool) -> None:
         """Let everybody join the next generation; a receiver that cannot leaves the group empty for this push."""
         self.generation += 1
         size = len(receivers) + 1
         address = self.runtime.get(self.runtime.submit(self.learners[0], "open_weights", size))
         arguments = (size, self.generation, self.config.timeout_seconds)
         joins = [
-            self.runtime.submit(handle, "join_weights", self.backend, address, rank, *arguments)
+            self.runtime.submit(handle, "join_weights", self.backend, address, rank, *arguments, concurrent=concurrent)
             for rank, handle in enumerate([self.learners[0], *receivers])
         ]
         self.members = {}

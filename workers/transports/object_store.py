@@ -21,9 +21,9 @@ class Transport:
         self.bucket_bytes = int(config.bucket_megabytes * 2**20)
         self.buckets: list[Any] = []
 
-    def push(self, receivers: Sequence[Handle], version: int) -> dict[str, Any]:
+    def push(self, receivers: Sequence[Handle], version: int, concurrent: bool = False) -> dict[str, Any]:
         self.publish()
-        return {receiver.name: self.refresh(receiver, version) for receiver in receivers}
+        return {receiver.name: self.refresh(receiver, version, concurrent) for receiver in receivers}
 
     def publish(self) -> None:
         """Take the learners' weights into buckets of the controller's."""
@@ -36,8 +36,8 @@ class Transport:
         """Let the other learners take their part while the first one reads weights that they share; futures of it."""
         return [self.runtime.submit(learner, "gather_only", self.bucket_bytes) for learner in self.learners[1:]]
 
-    def refresh(self, receiver: Handle, version: int) -> Any:
-        return self.runtime.submit(receiver, "receive", version, self.bucket_bytes, *self.buckets)
+    def refresh(self, receiver: Handle, version: int, concurrent: bool = False) -> Any:
+        return self.runtime.submit(receiver, "receive", version, self.bucket_bytes, *self.buckets, concurrent=concurrent)
 
     def close(self) -> None:
         self.buckets = []
