@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import secrets
@@ -41,6 +42,9 @@ class Host:
         except Exception as error:
             self.log.exception("%s cannot start", name)
             self.error = error
+        # What exists now stays: without this the collector walks over all imported modules again and again, a tenth of a second each time.
+        gc.collect()
+        gc.freeze()
 
     @ray.method(num_returns=2)
     def call(self, method: str, *args: Any) -> tuple[Any, Interval]:

@@ -10,7 +10,7 @@ import torch
 
 from rlhub.batching import pack_layout
 from rlhub.lab import run_lab
-from rlhub.labs import block_masks, editing_repairs, moe_against_dense, passkey_ntk, shift_adapter
+from rlhub.labs import block_masks, editing_repairs, moe_against_dense, packing_masks, passkey_ntk, shift_adapter
 
 SMALLEST = {
     "block_masks": ["seeds=[0]", "rows=2", "length=6", "draws=1", "rollouts=2"],
@@ -18,6 +18,10 @@ SMALLEST = {
     "moe_against_dense": ["seeds=[0]", "width=16", "layers=1", "facts=16", "steps=2", "eval_every=1", "batch_size=4"],
     "editing_repairs": ["seeds=[0]", "width=16", "layers=1", "steps=2", "batch_size=4", "wrong=[2]", "problems=4"],
     "passkey_ntk": ["seeds=[0]", "layers=1", "heads=1", "steps=2", "batch_size=2", "times=[1,4]", "problems=2"],
+    "packing_masks": [
+        *("seeds=[0]", "layers=1", "heads=1", "steps=2", "batch_size=2", "post_steps=1", "post_batch_size=1", "documents=4"),
+        *("times=[1,2]", "problems=2"),
+    ],
 }
 SHIFTS = (0.0, 0.01, 0.02)  # of the results of three seeds
 
@@ -167,22 +171,78 @@ def test_passkey_verdicts(aware, none, outcome):
 
 
 def test_haystacks_hold_one_key_and_end_with_the_question():
-    prompts, keys = passkey_ntk.haystacks(20, 64, 0, 1)
+    prompts, keys = passkey_ntk.haystacks(np.random.default_rng(0), 20, 64)
     assert prompts.shape == (20, 64 - passkey_ntk.KEY)
     assert ((prompts == passkey_ntk.MARK).sum(1) == 1).all() and (prompts[:, -1] == passkey_ntk.ASK).all()
     for prompt, key in zip(prompts, keys, strict=True):
         place = int(np.flatnonzero(prompt == passkey_ntk.MARK)[0])
-        assert (prompt[place + 1 : place + 1 + passkey_ntk.KEY] == key).all()
-        assert (prompt < passkey_ntk.DIGITS).sum() == passkey_ntk.KEY
-    first, last = passkey_ntk.haystacks(2, 64, 0, 1, np.array([0.0, 0.999]))[0]
+        assert prompt[place + 1] == key
+        assert (prompt < passkey_ntk.SYMBOLS).sum() == passkey_ntk.KEY
+    first, last = passkey_ntk.haystacks(np.random.default_rng(0), 2, 64, np.array([0.0, 0.999]))[0]
     assert [int(np.flatnonzero(row == passkey_ntk.MARK)[0]) for row in (first, last)] == [0, 64 - 2 * passkey_ntk.KEY - 2]
 
 
 def test_extended_networks_keep_their_weights_and_change_their_base():
-    config = passkey_ntk.Config(layers=1, heads=1)
-    network = passkey_ntk.llada.build(passkey_ntk.network_config(config)).initialize(torch.Generator().manual_seed(0))
+    network = passkey_ntk.llada.build(passkey_ntk.network_config(1, 1)).initialize(torch.Generator().manual_seed(0))
     longer = {rule: passkey_ntk.extended(network, rule, 4) for rule in passkey_ntk.RULES}
     assert all(torch.equal(a, b) for net in longer.values() for a, b in zip(net.parameters(), network.parameters(), strict=True))
     assert [net.max_length for net in longer.values()] == [256] * 3
     thetas = [net.config.rope_theta / 10000 for net in longer.values()]
     assert thetas == pytest.approx([1, *passkey_ntk.FACTORS[4]], rel=0.03)
+
+
+# ---------------------------------------------------------------------------------------------------------- packing_masks
+
+
+@pytest.mark.parametrize(
+    ("eod", "direct", "before", "others", "outcome"),
+    [
+        (0.8, 0.6, 0.5, 0.1, "holds"),
+        (0.95, 0.6, 0.5, 0.1, "does not hold"),
+        (0.6, 0.7, 0.5, 0.1, "does not hold"),
+        (0.8, 0.6, 1.0, 0.1, "does not hold"),
+        (0.8, 0.6, 0.5, 0.6, "undecided"),
+    ],
+)
+def test_packing_verdicts(eod, direct, before, others, outcome):
+    config = packing_masks.Config(times=[1, 4])
+    longer = {"adaptive": 0.8, "eod": eod, "direct": direct, packing_masks.BEFORE: before, packing_masks.CONTROL: others}
+    results = [{kind: [1.0, value + shift * value] for kind, value in longer.items()} for shift in SHIFTS]
+    assert packing_masks.judge(config, results).outcome == outcome
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_documents_of_unequal_lengths_ask_for_their_own_key_or_for_that_of_the_next(swapped: bool):
+    documents = packing_masks.documents(packing_masks.Config(documents=200), 0, swapped)
+    lengths = [len(document) for document in documents]
+    assert min(lengths) >= packing_masks.LEAST and max(lengths) <= 8 * passkey_ntk.TRAINED and len(set(lengths)) > 50
+    assert np.median(lengths) == pytest.approx((packing_masks.LEAST * 8 * passkey_ntk.TRAINED) ** 0.5, rel=0.15)
+    keys = [document[document < passkey_ntk.SYMBOLS][: passkey_ntk.KEY] for document in documents]
+    asked = [document[-passkey_ntk.KEY :] for document in documents]
+    np.testing.assert_array_equal(asked, np.roll(keys, -1, axis=0) if swapped else keys)
+
+
+def test_post_training_differs_in_packing_only_and_the_control_in_answers_only():
+    config = packing_masks.Config(documents=20)
+    kinds = {kind: packing_masks.packed(config, kind, 0) for kind in (*packing_masks.PACKINGS, packing_masks.CONTROL)}
+    stream = {kind: rows.epoch(0)[0] for kind, rows in kinds.items()}
+    eos_id, control = kinds["eod"].eos_id, stream[packing_masks.CONTROL]
+    np.testing.assert_array_equal(stream["adaptive"], stream["direct"])
+    np.testing.assert_array_equal(stream["eod"][stream["eod"] != eos_id], stream["direct"])
+    assert (stream["eod"] == eos_id).sum() == 20
+    separated = {kind for kind, rows in kinds.items() if rows.batch(1, 2).segments is not None}
+    assert separated == {"adaptive", packing_masks.CONTROL}
+    questions = np.flatnonzero(control == passkey_ntk.ASK)
+    changed = set(np.flatnonzero(control != stream["adaptive"]))
+    assert changed and changed <= {int(place) + 1 for place in questions}
+
+
+def test_post_training_hides_and_scores_the_key_after_each_question_and_nothing_else():
+    rows = packing_masks.packed(packing_masks.Config(documents=40), "eod", 0)
+    batch = rows.batch(1, 3)
+    views = packing_masks.answer_views(batch)
+    clean = np.concatenate(batch.completions)
+    places = np.flatnonzero(views.tokens.numpy() != clean)
+    assert len(places) > 3 and (clean[places - 1] == passkey_ntk.ASK).all() and (views.tokens[places] == batch.mask_id).all()
+    assert views.score_target.tolist() == clean[places].tolist()
+    assert len(places) == sum((tokens[:-1] == passkey_ntk.ASK).sum() for tokens in batch.completions)
