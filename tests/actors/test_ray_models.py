@@ -157,12 +157,14 @@ def test_adapters_at_zero_1_equal_the_run_in_one_process(ray_run: Path, local_ru
     assert all(row["kl"] > 1e-6 for row in rows(ray_run)[2:]), "the base is the reference, and the policy leaves it"
 
 
+@pytest.mark.slow
 def test_adapters_at_zero_3_by_broadcast(run: Callable[..., Path], local_run: Path) -> None:
     ours = run(*FRESH, *TEAM, "learner.zero_stage=3", "weights.transport=gloo")
     same_within_tolerance(ours, local_run, weights(local_run, "first_adapter"))
     adapters_only(ours, ours / "first_model")
 
 
+@pytest.mark.slow
 def test_a_run_whose_learner_was_killed_continues_bit_for_bit(ray_run: Path, tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     run = tmp_path / "tiny"
 
@@ -196,6 +198,7 @@ def test_export_merges_and_eval_and_peft_agree(ray_run: Path, tmp_path: Path) ->
     assert not torch.equal(beside, logits(load_network(ray_run / "first_model")))
 
 
+@pytest.mark.slow
 def test_an_adapter_of_peft_for_a_mixture_is_trained_further_at_zero_2(run: Callable[..., Path], tmp_path: Path) -> None:
     """On the attention alone, as the family's profile has it."""
     from peft import LoraConfig, get_peft_model
@@ -219,6 +222,7 @@ def test_an_adapter_of_peft_for_a_mixture_is_trained_further_at_zero_2(run: Call
 # ---------------------------------------------------------------------------------------------------------------- mixtures
 
 
+@pytest.mark.slow
 def test_a_mixture_with_replayed_routes_at_zero_3_is_the_same_and_continues(
     run: Callable[..., Path], tiny: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -240,6 +244,7 @@ def test_a_mixture_with_replayed_routes_at_zero_3_is_the_same_and_continues(
     assert rows(killed) == rows(ours) and distance(weights(killed), weights(ours)) == 0.0
 
 
+@pytest.mark.slow
 def test_frozen_routers_stay_and_all_else_learns_at_zero_2(run: Callable[..., Path], tmp_path: Path) -> None:
     base(tmp_path / "base", "llada2")
     which = (*REPLAYED, f"model.path={tmp_path / 'base'}", "model.router.freeze=true")
