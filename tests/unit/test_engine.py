@@ -344,3 +344,8 @@ def test_generate_takes_the_settings_of_a_sampler():
     assert any((a.completion_ids != b.completion_ids).any() for a, b in zip(plain, guided, strict=True))
     assert {rollout.num_forwards for rollout in guided} >= {24}
     assert all((rollout.logp_sample[rollout.unmask_step != NEVER] == 0).all() for rollout in narrow), "one token holds the whole law"
+
+
+def test_more_steps_than_the_trace_can_number_are_refused():
+    with pytest.raises(ValueError, match=r"sampler\.steps: 40000 are more than the 32767"):
+        Engine(network()).generate(requests(), sampler(steps=40_000, block_length=12), NOISE)

@@ -110,6 +110,9 @@ class Rows:
         self.sampler = load_part("samplers", settings.name)
         self.config = part_config(self.sampler, settings.options)
         self.schedule = self.sampler.schedule(settings.length, settings.steps, settings.block_length, self.config)
+        most = torch.iinfo(torch.int16).max  # the trace numbers steps in int16
+        if (self.schedule.num_blocks + 1) * self.schedule.steps_per_block > most:
+            raise ValueError(f"sampler.steps: {settings.steps} are more than the {most} that a rollout's trace can number; use fewer")
         self.edits_tokens = getattr(self.sampler, "EDITS", False)
         self.records = {*settings.records, *self.sampler.RECORDS}
         self.needs = {*getattr(self.sampler, "NEEDS", ()), *(self.records & {"entropy"})}
