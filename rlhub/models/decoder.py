@@ -19,7 +19,7 @@ from rlhub.errors import CheckpointError
 from rlhub.models import Profile
 from rlhub.models.attention import Attention, Kernel
 from rlhub.models.cache import CacheView, KeyValueCache
-from rlhub.models.layers import RMSNorm, enough_rows, rotary_tables, rotate
+from rlhub.models.layers import RMSNorm, enough_rows, rotary_tables, rotate, whole_vectors
 from rlhub.types import Layout
 
 # ------------------------------------------------------------------------------------------------------------------- config
@@ -265,7 +265,7 @@ class Block(nn.Module):
         if not self.dense:
             return self.apply_to(self.names.mlp, normed)
         gate, up = self.project_by(self.names.gate, normed), self.project_by(self.names.up, normed)
-        return self.project_by(self.names.down, F.silu(gate) * up)
+        return self.project_by(self.names.down, whole_vectors(F.silu, gate) * up)
 
     def forward(self, hidden: Tensor, tables: tuple[Tensor, Tensor], attend: Kernel, rows: Tensor | None = None) -> Tensor:
         """[T, D] -> [T, D], or [M, D] for the tokens `rows` [M] alone; the keys and values are those of all tokens."""

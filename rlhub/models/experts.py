@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhub.models.layers import enough_rows
+from rlhub.models.layers import enough_rows, whole_vectors
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -55,7 +55,7 @@ class Rule:
 def expert_scores(logits: Tensor, rule: Rule) -> Tensor:
     """fp32 [T, E] from router logits [T, E]."""
     logits = logits.float()
-    return logits.softmax(-1) if rule.score == "softmax" else logits.sigmoid()
+    return logits.softmax(-1) if rule.score == "softmax" else whole_vectors(torch.sigmoid, logits)
 
 
 def choose_experts(scores: Tensor, rule: Rule, bias: Tensor | None = None) -> Tensor:
@@ -106,7 +106,7 @@ def mix_experts(hidden: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, 
 
 def _swiglu(tokens: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     enough = enough_rows(tokens)
-    return F.linear(F.silu(F.linear(enough, gate)) * F.linear(enough, up), down)[: len(tokens)]
+    return F.linear(whole_vectors(F.silu, F.linear(enough, gate)) * F.linear(enough, up), down)[: len(tokens)]
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(whole_vectors(F.silu, self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 class SparseMLP(nn.Module):
