@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhub.config import AlgorithmConfig
-from rlhub.models.layers import rotary_tables, rotate
 from rlhub.models.llada import Config, LLaDA
+from rlhub.networks.layers import rotary_tables, rotate
 from rlhub.noise import Noise
 from rlhub.pairs import Pairs
 from rlhub.types import Batch, Views

@@ -44,7 +44,7 @@ from torch.utils._pytree import tree_leaves
 from rlhub.batching import pack_layout
 from rlhub.config import SamplerConfig
 from rlhub.models import llada, sdar
-from rlhub.models.layers import rotary_tables, rotate
+from rlhub.networks.layers import rotary_tables, rotate
 from rlhub.noise import Noise
 from rlhub.types import Request, Rollout
 from workers.engines.agreement import agreement

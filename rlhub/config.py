@@ -47,7 +47,7 @@ class LoRAConfig:
 
 @dataclass
 class RopeConfig:
-    scaling: str = "none"  # none | ntk | diffusion_ntk: enlarge the rotary base for a longer context (rlhub.models.rope)
+    scaling: str = "none"  # none | ntk | diffusion_ntk: enlarge the rotary base for a longer context (rlhub.networks.rope)
     target_length: int | None = None  # tokens of the longer context
     trained_length: int | None = None  # tokens of the context that the model was trained on; None: its config's
 

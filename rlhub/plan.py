@@ -172,7 +172,7 @@ def meta_network(model: ModelConfig, vocab_size: int | None = None) -> nn.Module
 
     from rlhub.checkpoint import resolve_model_path
     from rlhub.model_files import empty_network, family_of, published_config
-    from rlhub.models.rope import extend
+    from rlhub.networks.rope import extend
     from rlhub.parts import load_part, part_config
 
     if model.path and Path(model.path).is_dir():

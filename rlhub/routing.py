@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhub.config import RouterConfig
-from rlhub.models.experts import Routing, Rule, routers
+from rlhub.networks.experts import Routing, Rule, routers
 
 LEVELS = 4  # equal bins of the masked share
 

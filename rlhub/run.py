@@ -22,7 +22,7 @@ from rlhub.evals import evaluation_task, shared_prompts
 from rlhub.lora import is_adapter_folder, rebase_adapter, write_fresh_adapter
 from rlhub.metrics import read_metrics, replace_text, summarize
 from rlhub.model_files import empty_network, family_of, is_model_folder, published_config, save_network
-from rlhub.models.rope import extend
+from rlhub.networks.rope import extend
 from rlhub.noise import Noise
 from rlhub.pairs import load_pairs, report_bad
 from rlhub.parts import load_part

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # graders import this module in processes that must start fas
     import numpy as np
     from torch import Tensor
 
-Attention = Literal["full", "block_causal", "block_diffusion"]  # see rlhub.models.attention
+Attention = Literal["full", "block_causal", "block_diffusion"]  # see rlhub.networks.attention
 Kind = Literal["exact", "lower", "upper", "proxy"]
 Granularity = Literal["sequence", "token", "step"]
 RewardStatus = Literal["ok", "unparsed", "timeout", "crashed", "rejected"]

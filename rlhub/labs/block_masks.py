@@ -27,7 +27,7 @@ from rlhub.config import SamplerConfig
 from rlhub.lab_training import batch_of, sample
 from rlhub.labs import Arm, Check, Tick, Verdict, run_arms
 from rlhub.models import llada2, sdar
-from rlhub.models.cache import CacheView
+from rlhub.networks.cache import CacheView
 from rlhub.noise import Noise
 from rlhub.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE

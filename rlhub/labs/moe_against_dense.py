@@ -27,7 +27,7 @@ from rlhub.config import RouterConfig
 from rlhub.lab_training import SFT, batch_of, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, not_above, run_arms
 from rlhub.models import llada_moe
-from rlhub.models.experts import Routing, record_routing, routers
+from rlhub.networks.experts import Routing, record_routing, routers
 from rlhub.noise import Noise
 from rlhub.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE

@@ -27,7 +27,7 @@ from rlhub.config import RopeConfig, SamplerConfig
 from rlhub.lab_training import SFT, batch_of, counted, masked_loss, sample, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.models import llada
-from rlhub.models.rope import extend
+from rlhub.networks.rope import extend
 from rlhub.noise import Noise
 from rlhub.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE

@@ -29,41 +29,5 @@ Names of modules are those of the published tensors, so most families need nothi
 Parameters take the dtype that is asked for; a buffer keeps the one it is registered with. Buffers outside the state (non-persistent)
 are refused. Linear layers that `lora_targets` matches are called, never read for their weight: an adapter may lie around them.
 
-`decoder` is the stack that most families share, on top of `layers`, `attention`, `cache` and `rope`.
+`rlhub.networks` holds what families are built of; `rlhub.networks.decoder` is the stack that most of them share.
 """
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Literal
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What sets a family apart for samplers, likelihoods, losses and adapters.
-
-    Attributes:
-        stop_ids: tokens that end an answer: EOS and ends of turns.
-        logit_shift: 1 where the network's output at position p - 1 predicts token p; the family has applied it.
-        block_length: of block-causal families, whose blocks count from position 0 of the row.
-        corruption: absorbing (tokens become the mask) or uniform (tokens become other tokens).
-        loss_weight: of its pre-training and fine-tuning: inverse_t (LLaDA Eq. 3), cart (Dream's context-adaptive rescheduling), plain.
-        eos_padding: which EOS of padded answers are trained: loss (all), first (one), none.
-        editing: it may replace tokens that are already there (LLaDA2.1).
-        lora_targets: regular expression of the module names that adapters attach to.
-        time_conditioned: the network takes the noise level as an input.
-    """
-
-    mask_id: int
-    eos_id: int
-    stop_ids: tuple[int, ...]
-    pad_id: int
-    lora_targets: str
-    logit_shift: Literal[0, 1] = 0
-    attention: Literal["full", "block_causal"] = "full"
-    block_length: int | None = None
-    corruption: Literal["absorbing", "uniform"] = "absorbing"
-    loss_weight: Literal["inverse_t", "cart", "plain"] = "inverse_t"
-    eos_padding: Literal["loss", "first", "none"] = "loss"
-    editing: bool = False
-    time_conditioned: bool = False

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from rlhub.models import Profile
-from rlhub.models.decoder import Decoder, Llama, Names, Shape
+from rlhub.networks.decoder import Decoder, Llama, Names, Shape
+from rlhub.networks.profile import Profile
 
 ARCHITECTURES = ("DreamModel",)
 END_OF_TURN = 151645  # <|im_end|>

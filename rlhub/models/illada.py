@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhub.models import Profile
-from rlhub.models.decoder import Decoder, Llama, Names
+from rlhub.networks.decoder import Decoder, Llama, Names
+from rlhub.networks.profile import Profile
 
 ARCHITECTURES = ("ILLaDAForCausalLM",)
 UNUSED = r"lm_head\.weight"  # a copy of the embedding, where a checkpoint holds both

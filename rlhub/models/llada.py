@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhub.models import Profile
-from rlhub.models.decoder import Decoder, Names, Published, Shape
+from rlhub.networks.decoder import Decoder, Names, Published, Shape
+from rlhub.networks.profile import Profile
 
 ARCHITECTURES = ("LLaDAModelLM",)
 NAMES = Names(

@@ -17,9 +17,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from rlhub.models import Profile
-from rlhub.models.decoder import Decoder, Llama, Names, Shape
-from rlhub.models.experts import Rule, SparseMLP, expert_places, initialize_experts
+from rlhub.networks.decoder import Decoder, Llama, Names, Shape
+from rlhub.networks.experts import Rule, SparseMLP, expert_places, initialize_experts
+from rlhub.networks.profile import Profile
 
 ARCHITECTURES = ("LLaDA2MoeModelLM",)
 NAMES = Names(

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhub.errors import CheckpointError
-from rlhub.models import Profile
-from rlhub.models.decoder import Block, Decoder, Names, Published, Shape, place
+from rlhub.networks.decoder import Block, Decoder, Names, Published, Shape, place
+from rlhub.networks.profile import Profile
 
 ARCHITECTURES = ("RADD",)
 NAMES = Names(

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhub.models import Profile
-from rlhub.models.decoder import Block, Decoder, Names, Published, Shape
 from rlhub.models.radd import NEVER, check_mask
+from rlhub.networks.decoder import Block, Decoder, Names, Published, Shape
+from rlhub.networks.profile import Profile
 
 ARCHITECTURES = ("TransEncoder",)
 NAMES = Names(

@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from rlhub.config import SamplerConfig
-from rlhub.models import Profile
+from rlhub.networks.profile import Profile
 
 Uniforms = Callable[[str], Tensor]
 

@@ -17,7 +17,7 @@ from rlhub.batching import make_batch
 from rlhub.config import AlgorithmConfig, KLConfig, LearnerConfig, OptimizerConfig, RouterConfig
 from rlhub.lora import training_state, write_fresh_adapter
 from rlhub.model_files import load_network, save_network
-from rlhub.models.experts import routers
+from rlhub.networks.experts import routers
 from rlhub.parts import load_part
 from rlhub.types import Batch, RewardResult, Rollout
 from workers.learner import Learner

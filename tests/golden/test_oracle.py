@@ -17,8 +17,8 @@ from rlhub import oracle
 from rlhub.algorithm import Algorithm, LogProbs
 from rlhub.batching import MicroBatch, make_batch, micro_batches, pack_layout
 from rlhub.config import AlgorithmConfig, KLConfig, SamplerConfig
-from rlhub.models import Profile
 from rlhub.models.llada import Config, LLaDA
+from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.scoring import micro_batch_log_probs, token_log_probs
 from rlhub.types import Request, RewardResult, Rollout

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from rlhub import oracle, samplers
 from rlhub.config import SamplerConfig
-from rlhub.models import Profile, dream, llada, sdar
+from rlhub.models import dream, llada, sdar
+from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.parts import load_part, part_config, part_names
 from rlhub.types import NEVER, Request, Rollout

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhub.config import RouterConfig
-from rlhub.models.experts import Router, Rule, SparseMLP, choose_experts, expert_scores, expert_weights, mix_experts, record_routing
+from rlhub.networks.experts import Router, Rule, SparseMLP, choose_experts, expert_scores, expert_weights, mix_experts, record_routing
 from rlhub.routing import LEVELS, auxiliary_loss, freeze_routers, masked_share, router_metrics, router_sums
 
 SOFTMAX = Rule(num_experts=8, top_k=3)

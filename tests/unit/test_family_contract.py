@@ -18,8 +18,8 @@ from rlhub.batching import make_batch, pack_layout
 from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig
 from rlhub.lora import write_fresh_adapter
 from rlhub.model_files import load_network, save_network
-from rlhub.models import Profile
-from rlhub.models.cache import CacheView
+from rlhub.networks.cache import CacheView
+from rlhub.networks.profile import Profile
 from rlhub.types import Layout, RewardResult
 from workers.learner import Learner
 

@@ -18,8 +18,8 @@ from rlhub.api import Model
 from rlhub.batching import pack_layout
 from rlhub.errors import CheckpointError
 from rlhub.model_files import load_network, save_network
-from rlhub.models.cache import CacheView
-from rlhub.models.experts import record_routing, routers
+from rlhub.networks.cache import CacheView
+from rlhub.networks.experts import record_routing, routers
 from workers.sync import buckets_of, load_buckets, receipt_of
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "checkpoints"

@@ -11,7 +11,7 @@ from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig, Router
 from rlhub.errors import RecipeError
 from rlhub.model_files import load_network, save_network
 from rlhub.models import llada2, llada_moe
-from rlhub.models.experts import record_routing, routers
+from rlhub.networks.experts import record_routing, routers
 from rlhub.noise import Noise
 from rlhub.scoring import micro_batch_log_probs
 from rlhub.types import Request, RewardResult, Rollout

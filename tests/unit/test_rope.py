@@ -13,8 +13,8 @@ from rlhub.config import RopeConfig
 from rlhub.errors import UserError
 from rlhub.model_files import load_network, save_network
 from rlhub.models import dream, llada, llada2, radd, sdar
-from rlhub.models.layers import rotary_tables, rotate
-from rlhub.models.rope import base_factor, critical_dimension, extend
+from rlhub.networks.layers import rotary_tables, rotate
+from rlhub.networks.rope import base_factor, critical_dimension, extend
 from rlhub.plan import meta_network
 from rlhub.recipe import load_recipe
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhub.config import SamplerConfig
-from rlhub.models.cache import CacheView
+from rlhub.networks.cache import CacheView
 from rlhub.samplers import check_attention
 from rlhub.types import Layout
 

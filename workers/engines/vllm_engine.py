@@ -39,7 +39,7 @@ class Engine:
     """Generates completions as `torch_engine.Engine` does, with the same arguments and results.
 
     Args:
-        model: a family of the common decoder (`rlhub.models.decoder`).
+        model: a family of the common decoder (`rlhub.networks.decoder`).
         max_rows: requests at work at once; the others wait.
         layout: how tokens attend, see `rlhub.vllm_plugin.model.Driver`. None: as the family was trained; anything else is another law.
         block_length: of the layouts `block` and `response`; None: the family's. `sampler.block_length` must be the same.

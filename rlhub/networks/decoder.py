@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhub.errors import CheckpointError
-from rlhub.models import Profile
-from rlhub.models.attention import Attention, Kernel
-from rlhub.models.cache import CacheView, KeyValueCache
-from rlhub.models.layers import RMSNorm, enough_rows, rotary_tables, rotate, whole_vectors
+from rlhub.networks.attention import Attention, Kernel
+from rlhub.networks.cache import CacheView, KeyValueCache
+from rlhub.networks.layers import RMSNorm, enough_rows, rotary_tables, rotate, whole_vectors
+from rlhub.networks.profile import Profile
 from rlhub.types import Layout
 
 # ------------------------------------------------------------------------------------------------------------------- config

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhub.models.layers import enough_rows, whole_vectors
+from rlhub.networks.layers import enough_rows, whole_vectors
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhub.errors import UserError
-from rlhub.models.cache import EMPTY, CacheView
+from rlhub.networks.cache import EMPTY, CacheView
 from rlhub.types import Layout
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]

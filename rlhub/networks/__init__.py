@@ -1,0 +1,1 @@
+"""What model families are built of, on packed rows `[T, ...]`: `decoder` is the stack that most families share."""
