@@ -30,12 +30,12 @@ def main(run: Path, rollouts: int, samplers: tuple[str, ...], temperatures: tupl
     from rich.progress import track
 
     from rlhub import oracle
-    from rlhub.checkpoint import resolve_model_path
+    from rlhub.checkpoints.sealed import resolve_model_path
+    from rlhub.checkpoints.tokenizers import encode_prompts, load_tokenizer
+    from rlhub.checkpoints.weights import load_network
     from rlhub.evals import evaluation_task
-    from rlhub.model_files import load_network
     from rlhub.noise import Noise
     from rlhub.recipe import load_recipe
-    from rlhub.tokenizers import encode_prompts, load_tokenizer
     from rlhub.types import Request
     from workers.engines.torch_engine import Engine
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from rlhub.checkpoints.weights import save_network
 from rlhub.config import SamplerConfig
-from rlhub.model_files import save_network
 from rlhub.models import llada
 from rlhub.pipeline import Issued, generate
 from rlhub.types import Request

@@ -35,7 +35,7 @@ def write(folder: Path) -> dict[str, float]:
     """The checkpoint, with weights of one random block repeated: what they are does not matter here."""
     import torch
 
-    from rlhub.model_files import save_network
+    from rlhub.checkpoints.weights import save_network
     from rlhub.models.llada import Config, LLaDA
 
     torch.set_default_dtype(torch.bfloat16)
@@ -63,7 +63,8 @@ def load(folder: Path, dtype: str) -> dict[str, float]:
     """The network, with every value looked at afterwards."""
     import torch
 
-    from rlhub.model_files import family_of, load_network
+    from rlhub.checkpoints.folders import family_of
+    from rlhub.checkpoints.weights import load_network
 
     torch.set_num_threads(1)
     family_of({"architectures": ["LLaDAModelLM"]})  # imports the families

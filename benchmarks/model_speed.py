@@ -34,9 +34,9 @@ def measure(shape: str, device: str, rows: int, length: int, steps: int, rank: i
     import torch
 
     from rlhub.batching import pack_layout
+    from rlhub.checkpoints.adapters import write_fresh_adapter
+    from rlhub.checkpoints.weights import load_network, save_network
     from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig, SamplerConfig
-    from rlhub.lora import write_fresh_adapter
-    from rlhub.model_files import load_network, save_network
     from rlhub.models.llada import Config, build
     from rlhub.noise import Noise
     from rlhub.scoring import to_device

@@ -31,7 +31,7 @@ def measure(draws: int, micro_batch_tokens: int) -> float:
     import numpy as np
     import torch
 
-    from rlhub.checkpoint import load_network, save_network
+    from rlhub.checkpoints.sealed import load_network, save_network
     from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig
     from rlhub.models.llada import Config, LLaDA
     from rlhub.noise import Noise

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from rlhub.batching import fit_blocks, pack_layout
-from rlhub.checkpoint import resolve_model_path
+from rlhub.checkpoints.sealed import resolve_model_path
+from rlhub.checkpoints.tokenizers import encode_prompts, load_tokenizer
+from rlhub.checkpoints.weights import load_network
 from rlhub.checks import check_sampler
 from rlhub.config import SamplerConfig
 from rlhub.errors import UserError
 from rlhub.likelihoods import sequence_draws
-from rlhub.model_files import load_network
 from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.progress import RunProgress
 from rlhub.recipe import load_recipe
 from rlhub.scoring import to_device, token_log_probs
-from rlhub.tokenizers import encode_prompts, load_tokenizer
 from rlhub.types import Batch, Credit, Request, Rollout
 
 Prompt = str | list[dict[str, str]] | Sequence[int] | np.ndarray  # text, chat messages, or token ids

@@ -234,7 +234,7 @@ def export(run: Path, out: Path, adapter_only: bool) -> None:
       rlhub export runs/sort exported/sort
       rlhub export runs/sort_lora exported/adapter --adapter-only
     """
-    from rlhub.checkpoint import export as export_model
+    from rlhub.checkpoints.export import export as export_model
 
     click.echo(export_model(run, out, adapter_only))
 

@@ -132,7 +132,7 @@ def evaluation_recipe(path: Path, overrides: list[str], recipe_path: str | None 
         RecipeError: no recipe is given and the checkpoint lies in no run folder, or it has nothing to grade with.
         CheckpointError: there is nothing to load.
     """
-    from rlhub.checkpoint import resolve_model_path
+    from rlhub.checkpoints.sealed import resolve_model_path
 
     model_path = resolve_model_path(Path(path))
     if recipe_path is None:
@@ -158,7 +158,7 @@ def evaluation_crew(recipe: Recipe, model_path: Path) -> Iterator[tuple[Any, Tas
     Raises:
         UserError: a generator kept dying; the message says which.
     """
-    from rlhub.tokenizers import load_tokenizer
+    from rlhub.checkpoints.tokenizers import load_tokenizer
     from workers.placement import assemble
 
     tokenizer, task = load_tokenizer(str(model_path)), evaluation_task(recipe)

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from rlhub.batching import fit_blocks
+from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.data import load_task
 from rlhub.errors import DataError, UserError
 from rlhub.likelihoods import sequence_draws
@@ -36,7 +37,6 @@ from rlhub.parts import load_part
 from rlhub.pipeline import EVAL
 from rlhub.progress import RunProgress
 from rlhub.scoring import token_log_probs
-from rlhub.tokenizers import encode_prompts
 from rlhub.types import Batch, Credit, Example
 from rlhub.views import all_masks, chain, model_blocks
 
@@ -118,7 +118,7 @@ def evaluate_choices(path: Path, config: Config, out: Path | None = None, progre
         DataError: the data cannot be read, or an item does not fit the model.
     """
     from rlhub.api import load_model
-    from rlhub.checkpoint import resolve_model_path
+    from rlhub.checkpoints.sealed import resolve_model_path
     from rlhub.pairs.reference_cache import weights_hash
 
     folder = resolve_model_path(Path(path))

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhub.checkpoints.folders import is_adapter_folder, read_adapter_config
 from rlhub.errors import CheckpointError
-from rlhub.lora import adapter_size, is_adapter_folder, read_adapter_config
 from rlhub.memory import Memory, serving_memory, training_memory
+from rlhub.networks.lora import adapter_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -64,9 +65,8 @@ def inspect_model(path: Path, learners: int = 8, rank: int = 0) -> ModelReport:
         >>> inspect_model(Path("GSAI-ML/LLaDA-8B-Instruct")).parameters          # doctest: +SKIP
         8015581184
     """
-    from rlhub.checkpoint import resolve_model_path
-    from rlhub.lora import base_folder
-    from rlhub.model_files import empty_network, family_of, published_config
+    from rlhub.checkpoints.folders import base_folder, empty_network, family_of, published_config
+    from rlhub.checkpoints.sealed import resolve_model_path
 
     folder = resolve_model_path(Path(path))
     base = folder
@@ -105,7 +105,7 @@ def inspect_model(path: Path, learners: int = 8, rank: int = 0) -> ModelReport:
 
 def active_parameters(network: nn.Module) -> int:
     """Parameters that one token goes through: all but those of the experts that its router leaves out."""
-    from rlhub.model_files import published_places
+    from rlhub.checkpoints.weights import published_places
 
     stacked = Counter(name for name, index in published_places(network).values() if index and isinstance(index[0], int))
     own = dict(network.named_parameters())
@@ -157,7 +157,8 @@ def report_view(report: ModelReport) -> RenderableType:
 
 def _weights(network: nn.Module, folder: Path) -> tuple[str, int, str | None, list[str]]:
     """Whether weights are there, in how many files, their dtype, and what is wrong with them."""
-    from rlhub.model_files import INDEX, WEIGHTS, check_fit, published_places, read_weight_map, stored_tensors
+    from rlhub.checkpoints.tensors import INDEX, WEIGHTS, read_weight_map, stored_tensors
+    from rlhub.checkpoints.weights import check_fit, published_places
 
     try:
         if (folder / INDEX).exists():
@@ -198,7 +199,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _chat_template(folder: Path) -> bool:
-    from rlhub.model_files import read_json
+    from rlhub.checkpoints.folders import read_json
 
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True

@@ -170,8 +170,8 @@ def meta_network(model: ModelConfig, vocab_size: int | None = None) -> nn.Module
     """
     import torch
 
-    from rlhub.checkpoint import resolve_model_path
-    from rlhub.model_files import empty_network, family_of, published_config
+    from rlhub.checkpoints.folders import empty_network, family_of, published_config
+    from rlhub.checkpoints.sealed import resolve_model_path
     from rlhub.networks.rope import extend
     from rlhub.parts import load_part, part_config
 
@@ -204,9 +204,9 @@ def plan_view(plan: Plan) -> Group:
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast | None:
     """The checkpoint's tokenizer, or the task's own for a model that starts from random weights; None before the download."""
-    from rlhub.checkpoint import resolve_model_path
+    from rlhub.checkpoints.sealed import resolve_model_path
+    from rlhub.checkpoints.tokenizers import load_tokenizer
     from rlhub.data import task_tokenizer
-    from rlhub.tokenizers import load_tokenizer
 
     if recipe.model.path is None:
         tokenizer = task_tokenizer(recipe.task.name, recipe.task.train)
@@ -221,9 +221,9 @@ def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast | None:
 
 def _read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None) -> tuple[Prompts, list[str]]:
     """Prompt lengths from the data itself, and what is to be said about the data."""
+    from rlhub.checkpoints.tokenizers import encode_prompts
     from rlhub.data import load_task
     from rlhub.evals import evaluation_task
-    from rlhub.tokenizers import encode_prompts
 
     task, notes = recipe.task, []
     train, test = load_task(task.name, task.train, "train", recipe.run.seed), evaluation_task(recipe)
@@ -384,7 +384,7 @@ def _roles(recipe: Recipe) -> list[RolePlan]:
 
 def _memory(recipe: Recipe, network: nn.Module, batch: BatchPlan, pairs: PairsPlan | None) -> list[Memory]:
     """Bytes of one process of each role that holds the model; activations are a rough upper estimate."""
-    from rlhub.lora import adapter_size
+    from rlhub.networks.lora import adapter_size
 
     size, learner = BYTES[recipe.model.dtype], recipe.learner
     tokens = min(learner.micro_batch_tokens, batch.rows_per_micro_batch * batch.row_tokens)

@@ -13,15 +13,17 @@ import torch
 from rich.console import Console
 
 from rlhub import controller
-from rlhub.checkpoint import resolve_model_path, sealed_checkpoints
+from rlhub.checkpoints.adapters import rebase_adapter, write_fresh_adapter
+from rlhub.checkpoints.folders import empty_network, family_of, is_adapter_folder, is_model_folder, published_config
+from rlhub.checkpoints.sealed import resolve_model_path, sealed_checkpoints
+from rlhub.checkpoints.tokenizers import load_tokenizer
+from rlhub.checkpoints.weights import save_network
 from rlhub.checks import check_devices
 from rlhub.config import Recipe, RopeConfig
 from rlhub.data import load_task, task_tokenizer
 from rlhub.errors import CheckpointError, RecipeError, UserError, WorkerLost
 from rlhub.evals import evaluation_task, shared_prompts
-from rlhub.lora import is_adapter_folder, rebase_adapter, write_fresh_adapter
 from rlhub.metrics import read_metrics, replace_text, summarize
-from rlhub.model_files import empty_network, family_of, is_model_folder, published_config, save_network
 from rlhub.networks.rope import extend
 from rlhub.noise import Noise
 from rlhub.pairs import load_pairs, report_bad
@@ -31,7 +33,6 @@ from rlhub.progress import RunProgress, summary_panel
 from rlhub.recipe import dump_recipe, load_recipe, validate
 from rlhub.reports.page import write_report
 from rlhub.run_state import Session, StopRequest, last_position
-from rlhub.tokenizers import load_tokenizer
 from rlhub.trackers import Trackers
 
 PHASES = {"sft": controller.run_sft, "online": controller.run_online, "pairs": controller.run_pairs}
@@ -235,7 +236,7 @@ def _check_held_out(train_task: Any, eval_task: Any, console: Console) -> None:
 
 def _check_lengths(recipe: Recipe, context: int, tokenizer: Any, tasks: list[Any]) -> None:
     """Refuse prompts that do not fit the context before anything starts, on the first examples of each split."""
-    from rlhub.tokenizers import encode_prompts
+    from rlhub.checkpoints.tokenizers import encode_prompts
 
     for task in tasks:
         count = 256 if task.size is None else min(task.size, 1024)

@@ -15,7 +15,7 @@ from typing import Any
 
 from rewards.tools.text import plain
 from rlhub.algorithm import Algorithm
-from rlhub.checkpoint import checkpoint_name, read_manifest, remove_old_checkpoints, sealed_checkpoints, write_manifest
+from rlhub.checkpoints.sealed import checkpoint_name, read_manifest, remove_old_checkpoints, sealed_checkpoints, write_manifest
 from rlhub.config import AlgorithmConfig, OptimizerConfig, Recipe
 from rlhub.data import Task
 from rlhub.errors import UserError

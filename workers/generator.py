@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rlhub.checkpoints.weights import load_network
 from rlhub.config import SamplerConfig
-from rlhub.lora import training_state
-from rlhub.model_files import load_network
+from rlhub.networks.lora import training_state
 from rlhub.noise import Noise
 from rlhub.types import Receipt, Request, Rollout
 from workers.step_gate import StepGate

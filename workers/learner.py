@@ -22,12 +22,12 @@ from torch import Tensor
 
 from rlhub.algorithm import Algorithm, LogProbs
 from rlhub.batching import MicroBatch, fit_blocks, micro_batches, shard_rows
+from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig, RouterConfig
 from rlhub.errors import RecipeError
 from rlhub.health import health_metrics
-from rlhub.lora import adapters_off, has_adapters, training_state
-from rlhub.model_files import load_network, save_network
 from rlhub.networks.experts import Routing, record_routing, routers
+from rlhub.networks.lora import adapters_off, has_adapters, training_state
 from rlhub.noise import Noise
 from rlhub.replay import choose_states, gap_metrics, recorded, replay_views, replayed_log_probs
 from rlhub.routing import auxiliary_loss, freeze_routers, masked_share, once, router_metrics, router_sums

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rlhub.algorithm import Algorithm
 from rlhub.batching import fit_blocks
+from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config import AlgorithmConfig
-from rlhub.lora import training_state
-from rlhub.model_files import load_network, save_network
+from rlhub.networks.lora import training_state
 from rlhub.noise import Noise
 from rlhub.scoring import token_log_probs
 from rlhub.types import Batch, LogLikelihood, Receipt, Views

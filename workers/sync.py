@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhub.batching import pack_layout
 from rlhub.errors import SyncError
-from rlhub.lora import training_state
+from rlhub.networks.lora import training_state
 from rlhub.scoring import to_device
 from rlhub.types import Receipt
 

@@ -61,7 +61,7 @@ def tokenizer(config: Config) -> PreTrainedTokenizerFast | None:
     """A byte-level BPE tokenizer trained on the training documents; None when the model brings its own."""
     if not config.vocabulary:
         return None
-    from rlhub.tokenizers import byte_level
+    from rlhub.checkpoints.tokenizers import byte_level
 
     return byte_level(documents(config, "train"), config.vocabulary)
 

@@ -205,7 +205,7 @@ def tokenizer(config: Config) -> PreTrainedTokenizerFast | None:
     """A byte-level BPE tokenizer trained on the training rows; None when the model brings its own."""
     if not config.vocabulary:
         return None
-    from rlhub.tokenizers import byte_level
+    from rlhub.checkpoints.tokenizers import byte_level
 
     good, _ = load_preferences(config, "train")
     texts = (text for one in good for text in (_identity(one), *one.responses))

@@ -70,9 +70,9 @@ def improve(config: Config, tick: Tick, folder: str, kind: str, seed: int) -> di
 def accuracies(config: Config, path: str, seed: int) -> dict[str, float]:
     """Share of sampled images in which the rewarding and the independent classifier see the asked digit."""
     from rewards.digit_class import classifier
-    from rlhub.checkpoint import resolve_model_path
+    from rlhub.checkpoints.sealed import resolve_model_path
+    from rlhub.checkpoints.weights import load_network
     from rlhub.lab_training import sample
-    from rlhub.model_files import load_network
     from rlhub.recipe import load_recipe
 
     labels = np.arange(config.images) % CLASSES

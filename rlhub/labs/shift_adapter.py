@@ -29,9 +29,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.lab_training import SFT, batch_of, causal_layout, counted, masked_loss, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
-from rlhub.model_files import load_network, save_network
 from rlhub.models import dream
 from rlhub.noise import Noise
 from rlhub.progress import RunProgress

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config import AlgorithmConfig, Recipe
 from rlhub.data.preferences import BadRow, Config, Preference, load_preferences
 from rlhub.errors import DataError
 from rlhub.noise import Noise, sample_uid
 from rlhub.parts import part_config
 from rlhub.pipeline import EVAL, PAIRS, SFT
-from rlhub.tokenizers import encode_prompts
 from rlhub.types import Batch
 
 PIECE = 64  # held-out pairs that are scored at once

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from rlhub.algorithm import Algorithm
+from rlhub.checkpoints.folders import base_folder, is_adapter_folder
 from rlhub.errors import CheckpointError
-from rlhub.lora import base_folder, is_adapter_folder
 from rlhub.metrics import replace_text
 from rlhub.pairs import PairOrder, Pairs
 from rlhub.types import Batch, LogLikelihood

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from rlhub.checkpoint import resolve_model_path
+from rlhub.checkpoints.sealed import resolve_model_path
 from rlhub.config import Recipe
 from rlhub.data import load_task
 from rlhub.errors import DataError, RecipeError, UserError, WorkerLost
@@ -39,7 +39,7 @@ def sample_pairs(
         DataError: no prompt gave a pair.
         UserError: a worker kept dying.
     """
-    from rlhub.tokenizers import load_tokenizer
+    from rlhub.checkpoints.tokenizers import load_tokenizer
     from workers.placement import assemble
 
     model_path = resolve_model_path(Path(path))

@@ -69,7 +69,7 @@ def show_sample(
         UserError: there is no prompt, or the settings do not fit together.
     """
     from rlhub.api import generate_with, load_model
-    from rlhub.checkpoint import resolve_model_path
+    from rlhub.checkpoints.sealed import resolve_model_path
 
     path = Path(path)
     run_dir, folder = run_folder(path), resolve_model_path(path)
@@ -170,7 +170,7 @@ def sample_config(run_dir: Path | None, model_folder: Path, overrides: Sequence[
 
 def _sampler_for(model_folder: Path) -> DictConfig:
     """Defaults of `rlhub.generate`, in the blocks that the model was trained on if it has any."""
-    from rlhub.model_files import empty_network, published_config
+    from rlhub.checkpoints.folders import empty_network, published_config
 
     block = empty_network(published_config(model_folder)).profile.block_length
     return OmegaConf.create({"length": 128, "steps": 64, "block_length": block or 32, "temperature": 0.0})

@@ -14,15 +14,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from rlhub.checkpoint import resolve_model_path, sealed_checkpoints
+from rlhub.checkpoints.folders import is_model_folder
+from rlhub.checkpoints.sealed import resolve_model_path, sealed_checkpoints
+from rlhub.checkpoints.tokenizers import load_tokenizer
+from rlhub.checkpoints.weights import load_network
 from rlhub.config import Recipe
 from rlhub.data.preferences import Config as PreferenceConfig
 from rlhub.data.preferences import load_preferences
 from rlhub.errors import DataError, UserError
-from rlhub.model_files import is_model_folder, load_network
 from rlhub.pairs import Pairs, encode, load_pairs
 from rlhub.progress import RunProgress
-from rlhub.tokenizers import load_tokenizer
 from rlhub.variance.laboratory import BUDGET, Laboratory, Setting, exact_cells, exact_laws, exact_scores, small_problem
 
 MANY = 12  # checkpoints of a run that are measured, spread evenly in the logarithm of the step

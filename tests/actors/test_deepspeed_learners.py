@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from rlhub.algorithm import Algorithm
 from rlhub.batching import make_batch
+from rlhub.checkpoints.adapters import write_fresh_adapter
+from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config import AlgorithmConfig, KLConfig, LearnerConfig, OptimizerConfig, RouterConfig
-from rlhub.lora import training_state, write_fresh_adapter
-from rlhub.model_files import load_network, save_network
 from rlhub.networks.experts import routers
+from rlhub.networks.lora import training_state
 from rlhub.parts import load_part
 from rlhub.types import Batch, RewardResult, Rollout
 from workers.learner import Learner

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 import rlhub
 from rlhub.batching import make_batch
-from rlhub.checkpoint import export, load_network, save_network
+from rlhub.checkpoints.export import export
+from rlhub.checkpoints.sealed import load_network, save_network
 from rlhub.config import LearnerConfig, OptimizerConfig, Recipe
 from rlhub.data import load_task, task_tokenizer
 from rlhub.errors import RecipeError, SyncError, UserError, WorkerLost

@@ -17,7 +17,7 @@ import ray
 import torch
 from announcing import PATIENCE, Announcing
 
-from rlhub.checkpoint import load_network, save_network
+from rlhub.checkpoints.sealed import load_network, save_network
 from rlhub.config import Recipe, SamplerConfig
 from rlhub.data import task_tokenizer
 from rlhub.noise import Noise

@@ -13,12 +13,12 @@ import torch
 
 import rlhub
 from rlhub import oracle
-from rlhub.checkpoint import save_network, write_manifest
+from rlhub.checkpoints.sealed import save_network, write_manifest
+from rlhub.checkpoints.tokenizers import decode, word_level
 from rlhub.config import SamplerConfig
 from rlhub.errors import CheckpointError, DataError, UserError
 from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import Noise
-from rlhub.tokenizers import decode, word_level
 from rlhub.types import Request
 
 WORDS = ["0", "1", "2", "3", "4", "5", "6", "7", ">"]

@@ -185,7 +185,7 @@ def test_sample_tells_prompts_from_overrides(monkeypatch):
 
 
 def test_export_and_report_print_where_they_wrote(monkeypatch):
-    replace(monkeypatch, "rlhub.checkpoint", export=lambda run, out, adapter_only: out / run.name)
+    replace(monkeypatch, "rlhub.checkpoints.sealed", export=lambda run, out, adapter_only: out / run.name)
     replace(monkeypatch, "rlhub.reports.page", write_report=lambda runs: Path("-".join(run.name for run in runs)))
     assert run("export", "runs/a", "out").stdout == "out/a\n"
     assert run("report", "runs/a", "runs/b").stdout == "a-b\n"

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from rlhub.batching import pack_layout
-from rlhub.checkpoint import family_of
+from rlhub.checkpoints.sealed import family_of
+from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.errors import CheckpointError
-from rlhub.model_files import load_network, save_network
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "checkpoints"
 

@@ -15,9 +15,9 @@ import torch
 import rlhub
 import rlhub.models
 from rlhub.batching import make_batch, pack_layout
+from rlhub.checkpoints.adapters import write_fresh_adapter
+from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig
-from rlhub.lora import write_fresh_adapter
-from rlhub.model_files import load_network, save_network
 from rlhub.networks.cache import CacheView
 from rlhub.networks.profile import Profile
 from rlhub.types import Layout, RewardResult

@@ -17,14 +17,14 @@ from click.testing import CliRunner
 import rlhub
 from rlhub import likelihood_eval
 from rlhub.batching import pack_layout
+from rlhub.checkpoints.tokenizers import word_level
+from rlhub.checkpoints.weights import save_network
 from rlhub.cli import main
 from rlhub.errors import DataError, UserError
 from rlhub.likelihood_eval import Config, Item, evaluate_choices, parse_choices, read_items, score_items, summarize
-from rlhub.model_files import save_network
 from rlhub.models import sdar
 from rlhub.models.llada import Config as LLaDAConfig
 from rlhub.models.llada import LLaDA
-from rlhub.tokenizers import word_level
 from rlhub.types import Example
 
 WORDS = [str(digit) for digit in range(10)] + ["?"]

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlhub.batching import pack_layout
-from rlhub.checkpoint import export
+from rlhub.checkpoints.adapters import write_fresh_adapter
+from rlhub.checkpoints.export import export
+from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config import Recipe
 from rlhub.errors import CheckpointError, RecipeError
-from rlhub.lora import adapter_size, adapters_off, check_targets, training_state, write_fresh_adapter
 from rlhub.metrics import read_metrics
-from rlhub.model_files import load_network, save_network
+from rlhub.networks.lora import adapter_size, adapters_off, check_targets, training_state
 from rlhub.parts import load_part, part_names
 from rlhub.run import train
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhub.batching import pack_layout
-from rlhub.checkpoint import export, family_of, load_network, read_manifest, remove_old_checkpoints, save_network, write_manifest
+from rlhub.checkpoints.export import export
+from rlhub.checkpoints.sealed import family_of, load_network, read_manifest, remove_old_checkpoints, save_network, write_manifest
 from rlhub.errors import CheckpointError
 from rlhub.models.llada import LORA_TARGETS, Config, LLaDA
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import rlhub
 from rlhub.api import Model
 from rlhub.batching import pack_layout
+from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.errors import CheckpointError
-from rlhub.model_files import load_network, save_network
 from rlhub.networks.cache import CacheView
 from rlhub.networks.experts import record_routing, routers
 from workers.sync import buckets_of, load_buckets, receipt_of

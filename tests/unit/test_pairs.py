@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from rlhub.algorithm import Algorithm, LogProbs
 from rlhub.batching import micro_batches
-from rlhub.checkpoint import load_network
+from rlhub.checkpoints.sealed import load_network
 from rlhub.config import Recipe
 from rlhub.errors import DataError, RecipeError
 from rlhub.metrics import read_metrics, without_clocks

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rlhub.batching import pack_layout
+from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config import RopeConfig
 from rlhub.errors import UserError
-from rlhub.model_files import load_network, save_network
 from rlhub.models import dream, llada, llada2, radd, sdar
 from rlhub.networks.layers import rotary_tables, rotate
 from rlhub.networks.rope import base_factor, critical_dimension, extend

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from rlhub.algorithm import Algorithm, LogProbs
+from rlhub.checkpoints.weights import save_network
 from rlhub.config import AlgorithmConfig, SFTConfig
 from rlhub.errors import DataError, RecipeError
 from rlhub.metrics import read_metrics
-from rlhub.model_files import save_network
 from rlhub.models import dream, llada
 from rlhub.noise import Noise
 from rlhub.run import train

@@ -18,7 +18,7 @@ import torch
 from announcing import PATIENCE, Announcing
 
 from rlhub import oracle
-from rlhub.checkpoint import save_network
+from rlhub.checkpoints.sealed import save_network
 from rlhub.config import SamplerConfig
 from rlhub.errors import SyncError
 from rlhub.models import llada, sdar

@@ -12,7 +12,7 @@ import torch
 from announcing import PATIENCE, Announcing
 from torch import Tensor
 
-from rlhub.checkpoint import save_network
+from rlhub.checkpoints.sealed import save_network
 from rlhub.config import SamplerConfig
 from rlhub.errors import DataError, UserError
 from rlhub.models import dream, llada, llada2, llada_moe, sdar

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhub.config import LearnerConfig, OptimizerConfig
-from rlhub.lora import has_adapters, training_parameters
+from rlhub.networks.lora import has_adapters, training_parameters
 from workers.backends.torch_backend import adamw
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhub.config import LearnerConfig, OptimizerConfig
-from rlhub.lora import has_adapters, training_state
+from rlhub.networks.lora import has_adapters, training_state
 from rlhub.optimizer import learning_rate_factor
 
 

@@ -7,10 +7,8 @@ the time of reading it. What can be wrong is found in the headers before a tenso
 from __future__ import annotations
 
 import difflib
-import importlib
 import json
 import os
-import pkgutil
 import re
 import shutil
 import sys
@@ -19,102 +17,25 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from rlhub.checkpoints.folders import CONFIG, empty_network, family_of, is_adapter_folder, published_config
+from rlhub.checkpoints.tensors import FLOATS, INDEX, WEIGHTS, WHOLE, StoredTensor, stored_tensors
 from rlhub.errors import CheckpointError
-from rlhub.lora import has_adapters, is_adapter_folder
+from rlhub.networks.lora import has_adapters
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 PIECE_BYTES = 16 << 20  # read at once
 READERS = 4  # files read at the same time
 MAX_SHARD_BYTES = 5 * 10**9
 BAR_BYTES = 1 << 30  # a progress bar is shown from this size on
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-WHOLE = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-
 Place = tuple[str, tuple[Any, ...]]  # a tensor of the network and the index of the part of it that one published tensor fills
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as a file's header describes it; `dtype` in safetensors' words, `offset` in bytes from the start of the file."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int
-
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * (FLOATS | WHOLE)[self.dtype].itemsize
-
-
-def family_of(config: dict[str, Any]) -> Any:
-    """The module of `rlhub.models` that serves a config.json, by its `architectures`.
-
-    Raises:
-        CheckpointError: no family serves it.
-    """
-    import rlhub.models
-
-    served = {}
-    for info in pkgutil.iter_modules(rlhub.models.__path__):
-        module = importlib.import_module(f"rlhub.models.{info.name}")
-        for architecture in getattr(module, "ARCHITECTURES", ()):
-            served[architecture] = module
-        if "architectures" not in config and "recognizes" in vars(module) and module.recognizes(config):
-            return module
-    for architecture in config.get("architectures") or []:
-        if architecture in served:
-            return served[architecture]
-    raise CheckpointError(f"no model family serves architectures {config.get('architectures')}; served are {', '.join(sorted(served))}")
-
-
-def is_model_folder(path: Path) -> bool:
-    """Whether a folder holds a model: weights of its own or an adapter that names its base."""
-    return (path / CONFIG).is_file() or is_adapter_folder(path)
-
-
-def published_config(path: Path) -> dict[str, Any]:
-    """The config.json of a model folder; of an adapter's folder that of its base.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    if is_adapter_folder(path):
-        from rlhub.lora import base_folder
-
-        return published_config(base_folder(path))
-    return read_json(path / CONFIG, "a model folder has a config.json")
-
-
-def empty_network(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
-    """The network that a config.json describes, on torch's meta device, without memory.
-
-    Raises:
-        CheckpointError: no family serves it, or the family cannot compute what it asks for.
-    """
-    family = family_of(config)
-    try:
-        with torch.device("meta"), _NoDraws():
-            return family.build(family.Config.from_published(config))
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{where} makes no network ({type(error).__name__}: {reason}); restore it from the download") from None
 
 
 def load_network(
@@ -137,7 +58,9 @@ def load_network(
     """
     path = Path(path)
     if is_adapter_folder(path):
-        from rlhub.lora import base_folder, load_adapter, merge_adapters
+        from rlhub.checkpoints.adapters import load_adapter
+        from rlhub.checkpoints.folders import base_folder
+        from rlhub.networks.lora import merge_adapters
 
         network = load_network(base_folder(path), dtype, device, progress=progress)
         load_adapter(network, path)
@@ -156,70 +79,6 @@ def load_network(
         list(pool.map(lambda file: _read_into(file, sources[file], stored, advance), sorted(sources)))
     _check_tied(network, stored, path)
     return network.eval()
-
-
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """What the headers of a model folder's weight files say, by published name.
-
-    Raises:
-        CheckpointError: a file is missing or corrupt, or index and files disagree.
-    """
-    if not (path / INDEX).exists():
-        return read_header(path / WEIGHTS)
-    weight_map = read_weight_map(path)
-    headers = {name: read_header(path / name) for name in sorted(set(weight_map.values()))}
-    found: dict[str, StoredTensor] = {}
-    for name, header in headers.items():
-        listed = {tensor for tensor, file in weight_map.items() if file == name}
-        for tensor in sorted(listed - set(header)):
-            raise CheckpointError(f"{path / name} lacks {tensor}, which {INDEX} places there; download the shard and the index again")
-        for tensor in sorted(set(header) - listed):
-            raise CheckpointError(
-                f"{path / name} holds {tensor}, which {INDEX} does not place there; download the shard and the index again"
-            )
-        found |= header
-    return found
-
-
-def read_weight_map(path: Path) -> dict[str, str]:
-    """Published tensor name -> file name, from a folder's weight index.
-
-    Raises:
-        CheckpointError: the index is damaged.
-    """
-    weight_map = read_json(path / INDEX, "the weight index is damaged").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"the weight index {path / INDEX} has no weight_map; download it again")
-    return weight_map
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file.
-
-    Raises:
-        CheckpointError: it is missing or corrupt.
-    """
-    if not file.is_file():
-        others = sorted(file.parent.glob("*.bin")) if file.parent.is_dir() else []
-        hint = (
-            f"{others[0].name} is not read, convert it to safetensors" if others else "export the checkpoint again or complete the download"
-        )
-        raise CheckpointError(f"no weights {file}; {hint}")
-    try:
-        with safe_open(file, "pt") as weights:
-            slices = {name: weights.get_slice(name) for name in weights.offset_keys()}
-            kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-        with file.open("rb") as handle:
-            offset = 8 + int.from_bytes(handle.read(8), "little")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is corrupt ({error}); delete it and restore the checkpoint from a copy") from None
-    stored = {}
-    for name, (shape, dtype) in kinds.items():
-        if dtype not in FLOATS | WHOLE:
-            raise CheckpointError(f"{file}: {name} is {dtype}, which is not read; use the unquantized checkpoint")
-        stored[name] = StoredTensor(file, shape, dtype, offset)
-        offset += stored[name].num_bytes  # the format allows no gaps, and safe_open has checked it
-    return stored
 
 
 def published_places(network: nn.Module) -> dict[str, Place]:
@@ -290,7 +149,7 @@ def save_network(
     with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as scratch:
         written = Path(scratch)
         if has_adapters(network):
-            from rlhub.lora import save_adapter
+            from rlhub.checkpoints.adapters import save_adapter
 
             save_adapter(network, written)
         else:
@@ -304,34 +163,6 @@ def save_network(
             if (path / entry.name).is_dir():
                 shutil.rmtree(path / entry.name)
             os.replace(entry, path / entry.name)
-
-
-def read_json(path: Path, meaning: str) -> dict[str, Any]:
-    """A JSON object from a file; `meaning` ends the message when it cannot be read.
-
-    Raises:
-        CheckpointError: it is missing, no JSON or no object.
-    """
-    if not path.exists():
-        raise CheckpointError(f"no {path}; {meaning}")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise CheckpointError(f"{path} is not valid JSON{where}; {meaning}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object; {meaning}")
-    return content
-
-
-class _NoDraws(TorchFunctionMode):
-    """Skips normal draws, which say nothing on the meta device but import a second's worth of torch there."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function in (Tensor.normal_, nn.init.normal_):
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
 
 
 def _repeated(network: nn.Module) -> dict[str, str]:

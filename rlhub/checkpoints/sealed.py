@@ -9,10 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from rlhub.checkpoints.folders import is_model_folder, read_json
 from rlhub.errors import CheckpointError
-from rlhub.lora import is_adapter_folder
-from rlhub.model_files import family_of as family_of
-from rlhub.model_files import is_model_folder, load_network, read_json, save_network
 
 MANIFEST = "manifest.json"
 
@@ -92,29 +90,6 @@ def resolve_model_path(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a run folder, a checkpoint or a model folder")
     raise CheckpointError(f"{path} holds no checkpoint yet; give a run folder with a finished checkpoint, or a model folder")
-
-
-def export(run: Path, out: Path, adapter_only: bool = False) -> Path:
-    """Write the newest model of a run (or a checkpoint's) to `out` in the Hugging Face layout, an adapter merged into its base.
-
-    Args:
-        adapter_only: write the adapter in PEFT's layout instead.
-
-    Raises:
-        CheckpointError: there is nothing to export, no adapter where one is asked for, or `out` exists and is not empty.
-    """
-    source, out = resolve_model_path(run), Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"{out} is not empty; choose another folder, nothing was overwritten")
-    if adapter_only and not is_adapter_folder(source):
-        raise CheckpointError(f"{source} was trained without adapters; export it without --adapter-only")
-    merged = is_adapter_folder(source) and not adapter_only
-    network = load_network(source, dtype=None, progress=True) if merged else None
-    ignored = shutil.ignore_patterns("adapter_*", "README.md") if merged else None
-    shutil.copytree(source, out, dirs_exist_ok=True, ignore=ignored)
-    if network is not None:
-        save_network(network, out)
-    return out
 
 
 def _hash_file(path: Path) -> str:

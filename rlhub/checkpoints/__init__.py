@@ -1,0 +1,1 @@
+"""Model folders in and out: weights, adapters, tokenizers, the sealed checkpoints of a run, export."""
