@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from rewards import load_grader
-from rlhub.data.jsonl import read_jsonl
+from rlhub.tasks.jsonl import read_jsonl
 
 LIMIT = 500  # answers per second that must be reached
 

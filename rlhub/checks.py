@@ -18,7 +18,7 @@ from rlhub.parts import KeyedError, did_you_mean, load_part, one_line, part_conf
 # A part: its folder, the key that names it, and the keys that hold its options. Naming another part drops the options set before.
 PARTS = [
     ("models", "model.family", ["model.config"]),
-    ("data", "task.name", ["task.train", "task.eval"]),
+    ("tasks", "task.name", ["task.train", "task.eval"]),
     ("rewards", "task.reward.name", ["task.reward"]),
     ("samplers", "sampler.name", ["sampler.options"]),
     ("advantages", "algorithm.advantage.name", ["algorithm.advantage"]),
@@ -482,7 +482,7 @@ def _check_pairs(recipe: Recipe) -> None:
         raise KeyedError(f"{why}; set pairs.data.path to a file or source", "pairs.data")
     if pairs.data:
         try:
-            part_config(load_part("data", "preferences"), pairs.data)
+            part_config(load_part("tasks", "preferences"), pairs.data)
         except KeyedError as error:
             raise KeyedError(error.message, f"pairs.data.{error.key}".rstrip(".")) from error
     if algorithm.behavior == "rollout":

@@ -73,7 +73,7 @@ class StateRewardConfig:
 
 @dataclass
 class TaskConfig:
-    name: str = "sort"  # module of rlhub.data
+    name: str = "sort"  # module of rlhub.tasks
     train: dict[str, Any] = field(default_factory=dict)  # fields of the module's Config for training rows
     eval: dict[str, Any] = field(default_factory=dict)  # the same for held-out rows; missing keys are taken from `train`
     eval_rows: int = 512
@@ -135,7 +135,7 @@ class AlgorithmConfig:
 
 @dataclass
 class PairsConfig:
-    data: dict[str, Any] = field(default_factory=dict)  # fields of rlhub.data.preferences.Config; empty: task.train of task preferences
+    data: dict[str, Any] = field(default_factory=dict)  # fields of rlhub.tasks.preferences.Config; empty: task.train of task preferences
     on_bad_pair: str = "skip"  # skip | error; either way each is reported in bad_pairs.jsonl
     max_tokens: int | None = None  # of prompt and response; None is the model's context
     noise_plans: int = 8  # with fresh_views epoch, epoch e looks through the noise of epoch e modulo this

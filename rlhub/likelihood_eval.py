@@ -29,7 +29,6 @@ import torch
 
 from rlhub.batching import fit_blocks
 from rlhub.checkpoints.tokenizers import encode_prompts
-from rlhub.data import load_task
 from rlhub.errors import DataError, UserError
 from rlhub.likelihoods import sequence_draws
 from rlhub.noise import Noise, sample_uid
@@ -37,6 +36,7 @@ from rlhub.parts import load_part
 from rlhub.pipeline import EVAL
 from rlhub.progress import RunProgress
 from rlhub.scoring import token_log_probs
+from rlhub.tasks import load_task
 from rlhub.types import Batch, Credit, Example
 from rlhub.views import all_masks, chain, model_blocks
 

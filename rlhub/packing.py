@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from rlhub.data import Task
 from rlhub.errors import DataError
 from rlhub.noise import Noise, sample_uid
 from rlhub.pipeline import EVAL, SFT
+from rlhub.tasks import Task
 from rlhub.types import Batch
 
 PIECE = 64  # documents that are scored at once

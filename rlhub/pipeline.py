@@ -13,10 +13,10 @@ import numpy as np
 from rewards import Item
 from rlhub.checkpoints.tokenizers import decode, encode_prompts
 from rlhub.config import Recipe, SamplerConfig
-from rlhub.data import Task
 from rlhub.errors import DataError, SyncError, WorkerHung, WorkerLost
 from rlhub.health import staleness
 from rlhub.noise import Noise, sample_uid
+from rlhub.tasks import Task
 from rlhub.types import NEVER, Batch, Example, Request, RewardResult, Rollout
 
 SFT, ONLINE, EVAL, SAMPLE, PAIRS = range(5)  # the phase field of uids

@@ -206,7 +206,7 @@ def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast | None:
     """The checkpoint's tokenizer, or the task's own for a model that starts from random weights; None before the download."""
     from rlhub.checkpoints.sealed import resolve_model_path
     from rlhub.checkpoints.tokenizers import load_tokenizer
-    from rlhub.data import task_tokenizer
+    from rlhub.tasks import task_tokenizer
 
     if recipe.model.path is None:
         tokenizer = task_tokenizer(recipe.task.name, recipe.task.train)
@@ -222,8 +222,8 @@ def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast | None:
 def _read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None) -> tuple[Prompts, list[str]]:
     """Prompt lengths from the data itself, and what is to be said about the data."""
     from rlhub.checkpoints.tokenizers import encode_prompts
-    from rlhub.data import load_task
     from rlhub.evals import evaluation_task
+    from rlhub.tasks import load_task
 
     task, notes = recipe.task, []
     train, test = load_task(task.name, task.train, "train", recipe.run.seed), evaluation_task(recipe)
@@ -243,9 +243,9 @@ def _read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None) -> 
 
 def _absent_data(recipe: Recipe) -> str | None:
     """The file or folder with the preference data or the documents when it does not exist yet."""
-    from rlhub.data.documents import TEXT
-    from rlhub.data.jsonl import JSON_LINES, PARQUET
     from rlhub.pairs import source_config
+    from rlhub.tasks.documents import TEXT
+    from rlhub.tasks.jsonl import JSON_LINES, PARQUET
 
     if recipe.task.name == "documents":
         path = recipe.task.train.get("path", "")
@@ -259,9 +259,9 @@ def _absent_data(recipe: Recipe) -> str | None:
 
 def _pairs(recipe: Recipe, algorithm: Algorithm, tokenizer: Any, context: int, absent: str | None) -> PairsPlan:
     """Epochs, noise plans and what the reference costs, from the data where it is there."""
-    from rlhub.data.preferences import load_preferences
     from rlhub.pairs import encode, pair_order, source_config
     from rlhub.pairs.reference import cache_folder
+    from rlhub.tasks.preferences import load_preferences
 
     source, limit = source_config(recipe), min(recipe.pairs.max_tokens or context, context)
     group = 1 if recipe.algorithm.advantage["name"] == "labels" else 2

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rewards import Item
 from rlhub.config import RewardPoolConfig
-from rlhub.data.jsonl import read_jsonl
 from rlhub.errors import DataError, UserError
+from rlhub.tasks.jsonl import read_jsonl
 from rlhub.types import RewardResult, RewardStatus
 from workers.reward_pool import RewardPool
 

@@ -20,7 +20,6 @@ from rlhub.checkpoints.tokenizers import load_tokenizer
 from rlhub.checkpoints.weights import save_network
 from rlhub.checks import check_devices
 from rlhub.config import Recipe, RopeConfig
-from rlhub.data import load_task, task_tokenizer
 from rlhub.errors import CheckpointError, RecipeError, UserError, WorkerLost
 from rlhub.evals import evaluation_task, shared_prompts
 from rlhub.metrics import read_metrics, replace_text, summarize
@@ -33,6 +32,7 @@ from rlhub.progress import RunProgress, summary_panel
 from rlhub.recipe import dump_recipe, load_recipe, validate
 from rlhub.reports.page import write_report
 from rlhub.run_state import Session, StopRequest, last_position
+from rlhub.tasks import load_task, task_tokenizer
 from rlhub.trackers import Trackers
 
 PHASES = {"sft": controller.run_sft, "online": controller.run_online, "pairs": controller.run_pairs}

@@ -17,7 +17,6 @@ from rewards.tools.text import plain
 from rlhub.algorithm import Algorithm
 from rlhub.checkpoints.sealed import checkpoint_name, read_manifest, remove_old_checkpoints, sealed_checkpoints, write_manifest
 from rlhub.config import AlgorithmConfig, OptimizerConfig, Recipe
-from rlhub.data import Task
 from rlhub.errors import UserError
 from rlhub.evals import evaluate
 from rlhub.health import staleness
@@ -29,6 +28,7 @@ from rlhub.pipeline import Issued
 from rlhub.progress import RunProgress
 from rlhub.replay import TOLERANCE, choose_rollouts, gap_warning
 from rlhub.rollout_log import dump_rollouts, rollout_path, token_namer, token_strings
+from rlhub.tasks import Task
 from rlhub.trackers import Trackers
 from rlhub.types import Rollout
 

@@ -26,12 +26,12 @@ from scipy.linalg import sqrtm
 from torch import nn
 
 from rlhub.config import SamplerConfig
-from rlhub.data.digits import CLASSES, LEVELS, PIXELS, images
 from rlhub.lab_training import SFT, batch_of, counted, masked_loss, sample, tiny_llada, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.noise import Noise
 from rlhub.progress import RunProgress
 from rlhub.reports.plots import COLORS, DASHES, STYLE
+from rlhub.tasks.digits import CLASSES, LEVELS, PIXELS, images
 from rlhub.types import Batch
 from rlhub.views import mask_ratio
 

@@ -22,10 +22,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from rlhub.data.digits import CLASSES, LEVELS
 from rlhub.labs import Arm, Check, Tick, Verdict, above, folder_of, run_arms
 from rlhub.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
+from rlhub.tasks.digits import CLASSES, LEVELS
 
 KIND = "statistical"
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits.yaml"

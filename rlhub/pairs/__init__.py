@@ -21,11 +21,11 @@ import torch
 
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config import AlgorithmConfig, Recipe
-from rlhub.data.preferences import BadRow, Config, Preference, load_preferences
 from rlhub.errors import DataError
 from rlhub.noise import Noise, sample_uid
 from rlhub.parts import part_config
 from rlhub.pipeline import EVAL, PAIRS, SFT
+from rlhub.tasks.preferences import BadRow, Config, Preference, load_preferences
 from rlhub.types import Batch
 
 PIECE = 64  # held-out pairs that are scored at once
@@ -163,7 +163,7 @@ def source_config(recipe: Recipe) -> Config:
     Raises:
         KeyedError: an option is unknown or has a wrong value.
     """
-    import rlhub.data.preferences as module
+    import rlhub.tasks.preferences as module
 
     return part_config(module, recipe.pairs.data or recipe.task.train)
 

@@ -19,11 +19,11 @@ from rlhub.checkpoints.sealed import resolve_model_path, sealed_checkpoints
 from rlhub.checkpoints.tokenizers import load_tokenizer
 from rlhub.checkpoints.weights import load_network
 from rlhub.config import Recipe
-from rlhub.data.preferences import Config as PreferenceConfig
-from rlhub.data.preferences import load_preferences
 from rlhub.errors import DataError, UserError
 from rlhub.pairs import Pairs, encode, load_pairs
 from rlhub.progress import RunProgress
+from rlhub.tasks.preferences import Config as PreferenceConfig
+from rlhub.tasks.preferences import load_preferences
 from rlhub.variance.laboratory import BUDGET, Laboratory, Setting, exact_cells, exact_laws, exact_scores, small_problem
 
 MANY = 12  # checkpoints of a run that are measured, spread evenly in the logarithm of the step

@@ -23,7 +23,6 @@ from rlhub.batching import pack_layout
 from rlhub.checkpoints.export import export
 from rlhub.checkpoints.sealed import load_network, save_network
 from rlhub.config import Recipe
-from rlhub.data import task_tokenizer
 from rlhub.errors import UserError
 from rlhub.evals import evaluate_checkpoint
 from rlhub.metrics import read_metrics, without_clocks
@@ -31,6 +30,7 @@ from rlhub.networks.lora import training_state
 from rlhub.parts import load_part
 from rlhub.rollout_log import read_rollouts, rollout_path
 from rlhub.run import train
+from rlhub.tasks import task_tokenizer
 
 TEAM = ("run.runtime=ray", "learner.backend=deepspeed", "roles.generators=2", "roles.learners=2")
 SHORT = ("run.phases=[online]", "run.steps=3", "run.checkpoint_every=1", "run.eval_every=3", "roles.scorers=0")

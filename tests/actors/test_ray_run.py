@@ -27,7 +27,6 @@ from rlhub.batching import make_batch
 from rlhub.checkpoints.export import export
 from rlhub.checkpoints.sealed import load_network, save_network
 from rlhub.config import LearnerConfig, OptimizerConfig, Recipe
-from rlhub.data import load_task, task_tokenizer
 from rlhub.errors import RecipeError, SyncError, UserError, WorkerLost
 from rlhub.evals import evaluate_checkpoint
 from rlhub.metrics import read_metrics, without_clocks
@@ -36,6 +35,7 @@ from rlhub.parts import load_part
 from rlhub.pipeline import ONLINE, issue
 from rlhub.rollout_log import read_rollouts, rollout_path
 from rlhub.run import train
+from rlhub.tasks import load_task, task_tokenizer
 from rlhub.types import Batch, RewardResult
 from workers.engines.torch_engine import Engine
 from workers.learner import Learner

@@ -19,9 +19,9 @@ from announcing import PATIENCE, Announcing
 
 from rlhub.checkpoints.sealed import load_network, save_network
 from rlhub.config import Recipe, SamplerConfig
-from rlhub.data import task_tokenizer
 from rlhub.noise import Noise
 from rlhub.parts import load_part
+from rlhub.tasks import task_tokenizer
 from rlhub.types import Request, Rollout
 from workers.engines.torch_engine import Engine
 from workers.generator import Generator

@@ -12,11 +12,11 @@ import torch
 from click.testing import CliRunner
 
 from rlhub.checkpoints.sealed import save_network, write_manifest
-from rlhub.checkpoints.tokenizers import word_level
 from rlhub.cli import main
 from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import Noise
 from rlhub.oracle import forward
+from rlhub.tasks._vocabulary import word_level
 from rlhub.types import Batch
 from rlhub.variance.estimates import Exact, best_edges, cell_values, components, replicate_variance
 from rlhub.variance.laboratory import (

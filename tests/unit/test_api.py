@@ -14,11 +14,12 @@ import torch
 import rlhub
 from rlhub import oracle
 from rlhub.checkpoints.sealed import save_network, write_manifest
-from rlhub.checkpoints.tokenizers import decode, word_level
+from rlhub.checkpoints.tokenizers import decode
 from rlhub.config import SamplerConfig
 from rlhub.errors import CheckpointError, DataError, UserError
 from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import Noise
+from rlhub.tasks._vocabulary import word_level
 from rlhub.types import Request
 
 WORDS = ["0", "1", "2", "3", "4", "5", "6", "7", ">"]

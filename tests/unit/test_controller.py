@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from rlhub import controller
 from rlhub.config import Recipe
-from rlhub.data import load_task, task_tokenizer
 from rlhub.errors import CheckpointError, DataError, RecipeError, UserError, WorkerHung, WorkerLost
 from rlhub.evals import evaluate_checkpoint, evaluation_task
 from rlhub.metrics import read_metrics, without_clocks
@@ -28,6 +27,7 @@ from rlhub.progress import RunProgress
 from rlhub.rollout_log import read_rollouts, rollout_path
 from rlhub.run import train
 from rlhub.run_state import Session, StopRequest
+from rlhub.tasks import load_task, task_tokenizer
 from rlhub.trackers import Trackers
 from rlhub.types import Receipt, RewardResult, Rollout
 from workers.generator import StaleWeights

@@ -16,7 +16,6 @@ from rich.console import Console
 
 import rlhub
 from rlhub.checkpoints.sealed import save_network, write_manifest
-from rlhub.checkpoints.tokenizers import word_level
 from rlhub.cli import main
 from rlhub.config import Recipe
 from rlhub.models import llada, sdar
@@ -24,6 +23,7 @@ from rlhub.models.llada import Config, LLaDA
 from rlhub.reports import display
 from rlhub.reports.display import show_row
 from rlhub.rollout_log import dump_rollouts, rollout_path
+from rlhub.tasks._vocabulary import word_level
 
 ROW = {
     "prompt": "say [b]a[/b]",

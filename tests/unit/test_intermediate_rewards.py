@@ -14,7 +14,6 @@ from rich.console import Console
 
 from rlhub.algorithm import Algorithm
 from rlhub.batching import make_batch
-from rlhub.checkpoints.tokenizers import word_level
 from rlhub.config import Recipe
 from rlhub.errors import RecipeError
 from rlhub.metrics import read_metrics
@@ -22,6 +21,7 @@ from rlhub.noise import Noise
 from rlhub.pipeline import Issued, grade_states, shuffle_grades
 from rlhub.recipe import load_recipe
 from rlhub.run import train
+from rlhub.tasks._vocabulary import word_level
 from rlhub.types import NEVER, Example, Request, RewardResult, Rollout
 
 MDPO = Path(__file__).parents[2] / "recipes" / "algorithms" / "mdpo.yaml"

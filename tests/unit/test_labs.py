@@ -15,8 +15,6 @@ from click.testing import CliRunner
 
 from rewards import digit_class
 from rlhub.cli import main
-from rlhub.data import digits as digits_data
-from rlhub.data import load_task, task_tokenizer
 from rlhub.errors import RecipeError
 from rlhub.lab import run_lab
 from rlhub.lab_training import batch_of, tiny_llada
@@ -40,6 +38,8 @@ from rlhub.noise import Noise
 from rlhub.parts import load_part, part_names
 from rlhub.progress import RunProgress
 from rlhub.samplers import MASK_RATIO
+from rlhub.tasks import digits as digits_data
+from rlhub.tasks import load_task, task_tokenizer
 from rlhub.variance.estimates import Exact
 from rlhub.views import mask_ratio
 

@@ -17,7 +17,6 @@ from click.testing import CliRunner
 import rlhub
 from rlhub import likelihood_eval
 from rlhub.batching import pack_layout
-from rlhub.checkpoints.tokenizers import word_level
 from rlhub.checkpoints.weights import save_network
 from rlhub.cli import main
 from rlhub.errors import DataError, UserError
@@ -25,6 +24,7 @@ from rlhub.likelihood_eval import Config, Item, evaluate_choices, parse_choices,
 from rlhub.models import sdar
 from rlhub.models.llada import Config as LLaDAConfig
 from rlhub.models.llada import LLaDA
+from rlhub.tasks._vocabulary import word_level
 from rlhub.types import Example
 
 WORDS = [str(digit) for digit in range(10)] + ["?"]

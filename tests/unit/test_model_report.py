@@ -11,12 +11,13 @@ import torch
 from click.testing import CliRunner
 
 from rlhub.checkpoints.adapters import write_fresh_adapter
-from rlhub.checkpoints.tokenizers import encode_prompts, load_tokenizer, word_level
+from rlhub.checkpoints.tokenizers import encode_prompts, load_tokenizer
 from rlhub.checkpoints.weights import save_network
 from rlhub.cli import main
 from rlhub.errors import CheckpointError
 from rlhub.model_report import inspect_model
 from rlhub.models.llada import Config, build
+from rlhub.tasks._vocabulary import word_level
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 WIDTH, LAYERS, HIDDEN, VOCABULARY = 16, 3, 24, 12

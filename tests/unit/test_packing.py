@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from rlhub.batching import Row, build_views
-from rlhub.data import load_task, task_tokenizer
 from rlhub.errors import DataError
 from rlhub.metrics import read_metrics
 from rlhub.models import dream
@@ -23,6 +22,7 @@ from rlhub.plan import format_plan, make_plan
 from rlhub.recipe import load_recipe
 from rlhub.run import train
 from rlhub.scoring import token_log_probs
+from rlhub.tasks import load_task, task_tokenizer
 
 EOS, MASK = 1, 0
 

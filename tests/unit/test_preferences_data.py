@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhub.checkpoints.tokenizers import byte_level
-from rlhub.data import load_task, task_tokenizer
-from rlhub.data.preferences import Config, load_preferences, parse
 from rlhub.errors import DataError
 from rlhub.noise import Noise
 from rlhub.pairs import PairOrder, encode
+from rlhub.tasks import load_task, task_tokenizer
+from rlhub.tasks._vocabulary import byte_level
+from rlhub.tasks.preferences import Config, load_preferences, parse
 
 HH = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "hh-rlhf" / "harmless-base.test.jsonl.gz"
 USER = [{"role": "user", "content": "What color is the sky?"}]
@@ -128,7 +128,7 @@ def test_a_response_that_fills_the_canvas_has_no_end(tokenizer):
 
 
 def test_a_word_outside_the_vocabulary_is_a_bad_row():
-    from rlhub.checkpoints.tokenizers import word_level
+    from rlhub.tasks._vocabulary import word_level
 
     rows = [{"prompt": "1 2", "chosen": "1", "rejected": "2"}, {"prompt": "1 x", "chosen": "1", "rejected": "2"}]
     rows.append({"prompt": "1", "chosen": "1  2", "rejected": "1 2"})

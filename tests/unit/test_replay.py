@@ -13,13 +13,13 @@ import torch
 from rich.console import Console
 
 from rlhub.checkpoints.sealed import save_network
-from rlhub.checkpoints.tokenizers import word_level
 from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig, Recipe, SamplerConfig
 from rlhub.metrics import read_metrics
 from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import Noise
 from rlhub.replay import STATES, choose_rollouts
 from rlhub.run import train
+from rlhub.tasks._vocabulary import word_level
 from rlhub.types import NEVER, Request, Rollout
 from workers.engines.torch_engine import Engine
 from workers.generator import Generator

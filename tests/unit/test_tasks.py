@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from rewards import load_grader
 from rewards.countdown import evaluate
-from rlhub.data import countdown, first_accepted, held_out, load_task, sort, sudoku
 from rlhub.errors import DataError
+from rlhub.tasks import countdown, first_accepted, held_out, load_task, sort, sudoku
 
 DATA = Path(os.environ.get("RLHUB_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 COUNTDOWN = DATA / "countdown" / "cd3_test.jsonl"
@@ -125,7 +125,7 @@ def test_a_task_module_of_the_user(tmp_path, monkeypatch):
     (tmp_path / "word_tasks").mkdir()
     (tmp_path / "word_tasks" / "word.py").write_text(
         "from dataclasses import dataclass\n"
-        "from rlhub.data import Task\n"
+        "from rlhub.tasks import Task\n"
         "from rlhub.types import Example\n"
         "@dataclass(frozen=True)\n"
         "class Config:\n"

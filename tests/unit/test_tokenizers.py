@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhub.checkpoints.tokenizers import decode, encode_prompt, encode_prompts, load_tokenizer, word_level
-from rlhub.data import load_task, task_tokenizer
+from rlhub.checkpoints.tokenizers import decode, encode_prompt, encode_prompts, load_tokenizer
 from rlhub.errors import CheckpointError, DataError
+from rlhub.tasks import load_task, task_tokenizer
+from rlhub.tasks._vocabulary import word_level
 
 WORDS = [str(number) for number in range(20)] + ["+", "-", "=", ":"]
 TOKENIZER = word_level(WORDS)

@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhub.data import Split, Task, finite_task, held_out
-from rlhub.data.jsonl import JSON_LINES, existing, load_rows
 from rlhub.errors import DataError
+from rlhub.tasks import Split, Task, finite_task, held_out
+from rlhub.tasks.jsonl import JSON_LINES, existing, load_rows
 from rlhub.types import Example
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def tokenizer(config: Config) -> PreTrainedTokenizerFast | None:
     """A byte-level BPE tokenizer trained on the training rows; None when the model brings its own."""
     if not config.vocabulary:
         return None
-    from rlhub.checkpoints.tokenizers import byte_level
+    from rlhub.tasks._vocabulary import byte_level
 
     good, _ = load_preferences(config, "train")
     texts = (text for one in good for text in (_identity(one), *one.responses))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlhub.checkpoints.tokenizers import word_level
-from rlhub.data import Split, Task, finite_task
+from rlhub.tasks import Split, Task, finite_task
+from rlhub.tasks._vocabulary import word_level
 from rlhub.types import Example
 
 if TYPE_CHECKING:

@@ -145,10 +145,10 @@ def first_distinct(
 def _load(name: str, options: dict[str, Any]) -> tuple[ModuleType, Any]:
     """The module of a task and its Config."""
     try:
-        module = load_part("data", name)
+        module = load_part("tasks", name)
         config = part_config(module, options)
     except RecipeError as error:
         raise DataError(f"task {name}: {error}") from error
     if "build" not in vars(module):
-        raise DataError(f"task {name}: {module.__name__} has no build, see the contract in rlhub/data/__init__.py")
+        raise DataError(f"task {name}: {module.__name__} has no build, see the contract in rlhub/tasks/__init__.py")
     return module, config

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from rlhub.checkpoints.tokenizers import word_level
-from rlhub.data import Split, Task, first_accepted, first_distinct, held_out
 from rlhub.noise import Noise, Stream
+from rlhub.tasks import Split, Task, first_accepted, first_distinct, held_out
+from rlhub.tasks._vocabulary import word_level
 from rlhub.types import Example
 
 if TYPE_CHECKING:

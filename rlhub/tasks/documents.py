@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhub.data import Split, Task, finite_task, held_out
-from rlhub.data.jsonl import existing, load_rows
 from rlhub.errors import DataError
+from rlhub.tasks import Split, Task, finite_task, held_out
+from rlhub.tasks.jsonl import existing, load_rows
 from rlhub.types import Example
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def tokenizer(config: Config) -> PreTrainedTokenizerFast | None:
     """A byte-level BPE tokenizer trained on the training documents; None when the model brings its own."""
     if not config.vocabulary:
         return None
-    from rlhub.checkpoints.tokenizers import byte_level
+    from rlhub.tasks._vocabulary import byte_level
 
     return byte_level(documents(config, "train"), config.vocabulary)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhub.data import Split, Task, finite_task
 from rlhub.errors import DataError
+from rlhub.tasks import Split, Task, finite_task
 from rlhub.types import Example
 
 JSON_LINES = (".jsonl", ".json", ".gz")
