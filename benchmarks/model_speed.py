@@ -33,13 +33,12 @@ def measure(shape: str, device: str, rows: int, length: int, steps: int, rank: i
     import numpy as np
     import torch
 
-    from rlhub.batching import pack_layout
     from rlhub.checkpoints.adapters import write_fresh_adapter
     from rlhub.checkpoints.weights import load_network, save_network
     from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig, SamplerConfig
     from rlhub.models.llada import Config, build
+    from rlhub.networks.layout import pack_layout, to_device
     from rlhub.noise import Noise
-    from rlhub.scoring import to_device
     from rlhub.types import Batch, Request
     from workers.engines.torch_engine import Engine
     from workers.learner import Learner

@@ -41,10 +41,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhub.batching import pack_layout
 from rlhub.config import SamplerConfig
 from rlhub.models import llada, sdar
 from rlhub.networks.layers import rotary_tables, rotate
+from rlhub.networks.layout import pack_layout
 from rlhub.noise import Noise
 from rlhub.types import Request, Rollout
 from workers.engines.agreement import agreement

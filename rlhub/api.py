@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhub.batching import fit_blocks, pack_layout
 from rlhub.checkpoints.sealed import resolve_model_path
 from rlhub.checkpoints.tokenizers import encode_prompts, load_tokenizer
 from rlhub.checkpoints.weights import load_network
@@ -22,12 +21,14 @@ from rlhub.checks import check_sampler
 from rlhub.config import SamplerConfig
 from rlhub.errors import UserError
 from rlhub.likelihoods import sequence_draws
+from rlhub.networks.layout import pack_layout, to_device
 from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.progress import RunProgress
 from rlhub.recipe import load_recipe
-from rlhub.scoring import to_device, token_log_probs
+from rlhub.scoring import token_log_probs
 from rlhub.types import Batch, Credit, Request, Rollout
+from rlhub.views._rows import fit_blocks
 
 Prompt = str | list[dict[str, str]] | Sequence[int] | np.ndarray  # text, chat messages, or token ids
 

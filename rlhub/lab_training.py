@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhub.batching import micro_batches, pack_layout
+from rlhub.batching import micro_batches
 from rlhub.config import OptimizerConfig, SamplerConfig
 from rlhub.labs import Tick
 from rlhub.models import llada
+from rlhub.networks.layout import pack_layout
 from rlhub.noise import Noise, sample_uid
 from rlhub.optimizer import learning_rate_factor
 from rlhub.scoring import micro_batch_log_probs

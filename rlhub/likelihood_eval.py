@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhub.batching import fit_blocks
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.errors import DataError, UserError
 from rlhub.likelihoods import sequence_draws
@@ -39,6 +38,7 @@ from rlhub.scoring import token_log_probs
 from rlhub.tasks import load_task
 from rlhub.types import Batch, Credit, Example
 from rlhub.views import all_masks, chain, model_blocks
+from rlhub.views._rows import fit_blocks
 
 METHODS = ("monte_carlo", "chain")
 NORMALIZATIONS = ("sum", "token", "byte")

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhub.batching import MicroBatch, Row, build_views, fit_blocks, slice_layout
+from rlhub.batching import MicroBatch
+from rlhub.networks.layout import slice_layout, to_device
 from rlhub.noise import Noise
-from rlhub.scoring import to_device
 from rlhub.types import NEVER, Batch, Rollout, Views
+from rlhub.views._rows import Row, build_views, fit_blocks
 
 STATES = 8  # of a rollout that are replayed, so that the cost does not grow with the number of denoising steps
 TOLERANCE = 1e-3  # nats; fp32 on the same device stays below 1e-5

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhub.batching import MicroBatch, micro_batches, slice_layout
-from rlhub.types import Layout, Views
+from rlhub.batching import MicroBatch, micro_batches
+from rlhub.networks.layout import slice_layout, to_device
+from rlhub.types import Views
 
 
 def micro_batch_log_probs(
@@ -48,14 +49,3 @@ def _without_prompt(views: Views, run: MicroBatch, tokens: Tensor, mask_id: int)
     prompt_length = position[offsets[:-1] + views.completion_start[run.first_row : run.last_row]]
     in_prompt = position[offsets[0] : offsets[-1]] < prompt_length.repeat_interleave(offsets.diff())
     return tokens.masked_fill(in_prompt, mask_id)
-
-
-def to_device(layout: Layout, device: torch.device | str) -> Layout:
-    """The same layout with its tensors on `device`."""
-    return Layout(
-        layout.position_ids.to(device),
-        layout.segment_ids.to(device),
-        layout.block_ids.to(device),
-        layout.row_offsets.to(device),
-        layout.attention,
-    )

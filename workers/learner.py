@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhub.algorithm import Algorithm, LogProbs
-from rlhub.batching import MicroBatch, fit_blocks, micro_batches, shard_rows
+from rlhub.batching import MicroBatch, micro_batches, shard_rows
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig, RouterConfig
 from rlhub.errors import RecipeError
@@ -33,6 +33,7 @@ from rlhub.replay import choose_states, gap_metrics, recorded, replay_views, rep
 from rlhub.routing import auxiliary_loss, freeze_routers, masked_share, once, router_metrics, router_sums
 from rlhub.scoring import micro_batch_log_probs
 from rlhub.types import Batch, LogLikelihood, Receipt, Rollout, Views
+from rlhub.views._rows import fit_blocks
 from workers.sync import buckets_of, receipt_of
 from workers.transports.collective import GroupMember, open_store, send_state
 

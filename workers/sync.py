@@ -13,10 +13,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from rlhub.batching import pack_layout
 from rlhub.errors import SyncError
+from rlhub.networks.layout import pack_layout, to_device
 from rlhub.networks.lora import training_state
-from rlhub.scoring import to_device
 from rlhub.types import Receipt
 
 CANARY_TOKENS = 8

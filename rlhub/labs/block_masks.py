@@ -22,17 +22,18 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from rlhub.batching import Row, build_views, fit_blocks, pack_layout
 from rlhub.config import SamplerConfig
 from rlhub.lab_training import batch_of, sample
 from rlhub.labs import Arm, Check, Tick, Verdict, run_arms
 from rlhub.models import llada2, sdar
 from rlhub.networks.cache import CacheView
+from rlhub.networks.layout import pack_layout
 from rlhub.noise import Noise
 from rlhub.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
 from rlhub.types import Layout, Rollout, Views
 from rlhub.views import elbo
+from rlhub.views._rows import Row, build_views, fit_blocks
 
 KIND = "identity"
 FAMILIES = {"llada2": (llada2, "block_length"), "sdar": (sdar, "block_size")}

@@ -23,7 +23,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from rlhub.batching import Row, build_views, fit_blocks, micro_batches
+from rlhub.batching import micro_batches
 from rlhub.config import SamplerConfig
 from rlhub.lab_training import SFT, batch_of, counted, sample, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
@@ -33,6 +33,7 @@ from rlhub.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
 from rlhub.scoring import micro_batch_log_probs
 from rlhub.types import Request, Rollout, Views
+from rlhub.views._rows import Row, build_views, fit_blocks
 
 KIND = "statistical"
 DIGITS = 8  # of prompt and answer, one block each

@@ -25,7 +25,6 @@ from scipy.integrate import quad
 from scipy.special import beta
 from torch import nn
 
-from rlhub.batching import Row, build_views
 from rlhub.labs import Arm, Check, Tick, Verdict, run_arms
 from rlhub.likelihoods import sequence_draws
 from rlhub.noise import Noise
@@ -36,6 +35,7 @@ from rlhub.types import Batch, Views
 from rlhub.variance.estimates import Exact
 from rlhub.variance.laboratory import small_problem
 from rlhub.views import elbo, time_form
+from rlhub.views._rows import Row, build_views
 
 KIND = "identity"
 TOKENS_AT_ONCE = 4096

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from rlhub.batching import Row, build_views, micro_batches
+from rlhub.batching import micro_batches
 from rlhub.lab_training import SFT, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.labs.passkey_ntk import ASK, EVERY, KEY, TRAINED, accuracy, difference, draw, extended, haystacks, network_config, trained
@@ -32,6 +32,7 @@ from rlhub.packing import PackedDocuments
 from rlhub.progress import RunProgress
 from rlhub.scoring import micro_batch_log_probs
 from rlhub.types import Batch, Views
+from rlhub.views._rows import Row, build_views
 
 KIND = "statistical"
 PACKINGS = ("adaptive", "eod", "direct")

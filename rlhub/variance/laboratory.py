@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhub.batching import Row, build_views, micro_batches
+from rlhub.batching import micro_batches
 from rlhub.errors import UserError
 from rlhub.likelihoods import sequence_draws
 from rlhub.noise import Noise
@@ -41,6 +41,7 @@ from rlhub.variance.estimates import (
     replicate_variance,
 )
 from rlhub.views import adaptive, mask_level
+from rlhub.views._rows import Row, build_views
 
 BUDGET = 8  # forwards of a sequence and model in the largest cells, the paper's
 BLOCK_ENTRIES = 1 << 16  # of the gradient that are looked at

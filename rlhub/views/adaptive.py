@@ -19,10 +19,10 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-from rlhub.batching import Row, build_views
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws
+from rlhub.views._rows import Row, build_views
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhub.batching import Row, build_views
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws, model_blocks
+from rlhub.views._rows import Row, build_views
 
 ORDERS = ("forward", "backward", "random")
 

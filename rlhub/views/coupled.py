@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhub.batching import Row, build_views
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import draw_masks
+from rlhub.views._rows import Row, build_views
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhub.batching import Row, build_views
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws, draw_masks
+from rlhub.views._rows import Row, build_views
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhub.batching import Row, build_views
 from rlhub.noise import Stream
 from rlhub.samplers import MASK_RATIO, check_curve
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws
+from rlhub.views._rows import Row, build_views
 
 LOG_SLOPE = {
     "linear": lambda time: 1 / time,

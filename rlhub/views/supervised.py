@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhub.batching import Row, build_views
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws, count_of, mask_level, model_blocks
+from rlhub.views._rows import Row, build_views
 
 NEGLIGIBLE = 1e-12  # a geometric weight below this share of the first one is left out
 

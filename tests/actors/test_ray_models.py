@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from rlhub.batching import pack_layout
 from rlhub.checkpoints.export import export
 from rlhub.checkpoints.sealed import load_network, save_network
 from rlhub.config import Recipe
 from rlhub.errors import UserError
 from rlhub.evals import evaluate_checkpoint
 from rlhub.metrics import read_metrics, without_clocks
+from rlhub.networks.layout import pack_layout
 from rlhub.networks.lora import training_state
 from rlhub.parts import load_part
 from rlhub.rollout_log import read_rollouts, rollout_path

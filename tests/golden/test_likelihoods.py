@@ -16,7 +16,6 @@ from torch import nn
 
 from rlhub.advantages import group_mean, leave_one_out
 from rlhub.algorithm import Algorithm, LogProbs
-from rlhub.batching import Row, build_views
 from rlhub.config import AlgorithmConfig, KLConfig
 from rlhub.kl import mean_penalty, penalty
 from rlhub.likelihoods import by_sign, elbo, eubo, exact, mean_field, trajectory
@@ -28,6 +27,7 @@ from rlhub.types import NEVER, Batch, Credit, LogLikelihood, Scores
 from rlhub.views import block_random, complement_plus_full, coupled, full_mask, mask_count, prefix, quadrature, time_form
 from rlhub.views import elbo as l_form
 from rlhub.views import trajectory as replay
+from rlhub.views._rows import Row, build_views
 
 VOCAB, LENGTH = 3, 4
 NOISE = Noise(run_seed=3)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from rlhub.algorithm import Algorithm, LogProbs
-from rlhub.batching import MicroBatch, micro_batches, shard_rows, slice_layout
+from rlhub.batching import MicroBatch, micro_batches, shard_rows
+from rlhub.networks.layout import slice_layout
 from rlhub.noise import Noise
 from rlhub.recipe import load_recipe
 from rlhub.scoring import token_log_probs

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlhub.batching import pack_layout
 from rlhub.checkpoints.sealed import family_of
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.errors import CheckpointError
+from rlhub.networks.layout import pack_layout
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "checkpoints"
 

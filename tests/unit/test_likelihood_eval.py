@@ -16,7 +16,6 @@ from click.testing import CliRunner
 
 import rlhub
 from rlhub import likelihood_eval
-from rlhub.batching import pack_layout
 from rlhub.checkpoints.weights import save_network
 from rlhub.cli import main
 from rlhub.errors import DataError, UserError
@@ -24,6 +23,7 @@ from rlhub.likelihood_eval import Config, Item, evaluate_choices, parse_choices,
 from rlhub.models import sdar
 from rlhub.models.llada import Config as LLaDAConfig
 from rlhub.models.llada import LLaDA
+from rlhub.networks.layout import pack_layout
 from rlhub.tasks._vocabulary import word_level
 from rlhub.types import Example
 

@@ -15,13 +15,13 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rlhub.batching import pack_layout
 from rlhub.checkpoints.adapters import write_fresh_adapter
 from rlhub.checkpoints.export import export
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config import Recipe
 from rlhub.errors import CheckpointError, RecipeError
 from rlhub.metrics import read_metrics
+from rlhub.networks.layout import pack_layout
 from rlhub.networks.lora import adapter_size, adapters_off, check_targets, training_state
 from rlhub.parts import load_part, part_names
 from rlhub.run import train

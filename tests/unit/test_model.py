@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhub.batching import pack_layout
 from rlhub.checkpoints.export import export
 from rlhub.checkpoints.sealed import family_of, load_network, read_manifest, remove_old_checkpoints, save_network, write_manifest
 from rlhub.errors import CheckpointError
 from rlhub.models.llada import LORA_TARGETS, Config, LLaDA
+from rlhub.networks.layout import pack_layout
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "checkpoints" / "LLaDA-8B-Instruct"
 TINY = {"d_model": 16, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 24, "vocab_size": 12, "init_std": 0.3}

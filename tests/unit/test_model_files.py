@@ -15,12 +15,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rlhub.batching import pack_layout
 from rlhub.checkpoints.folders import empty_network
 from rlhub.checkpoints.tensors import INDEX, stored_tensors
 from rlhub.checkpoints.weights import load_network, published_places, save_network
 from rlhub.cli import main
 from rlhub.errors import CheckpointError
+from rlhub.networks.layout import pack_layout
 from rlhub.parts import load_part, part_names
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"

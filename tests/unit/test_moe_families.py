@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import rlhub
 from rlhub.api import Model
-from rlhub.batching import pack_layout
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.errors import CheckpointError
 from rlhub.networks.cache import CacheView
 from rlhub.networks.experts import record_routing, routers
+from rlhub.networks.layout import pack_layout
 from workers.sync import buckets_of, load_buckets, receipt_of
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "checkpoints"

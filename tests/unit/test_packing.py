@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from rlhub.batching import Row, build_views
 from rlhub.errors import DataError
 from rlhub.metrics import read_metrics
 from rlhub.models import dream
@@ -23,6 +22,7 @@ from rlhub.recipe import load_recipe
 from rlhub.run import train
 from rlhub.scoring import token_log_probs
 from rlhub.tasks import load_task, task_tokenizer
+from rlhub.views._rows import Row, build_views
 
 EOS, MASK = 1, 0
 

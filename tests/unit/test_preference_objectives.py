@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from rlhub.algorithm import Algorithm, LogProbs
-from rlhub.batching import Row, build_views
 from rlhub.config import AlgorithmConfig
 from rlhub.errors import RecipeError
 from rlhub.types import Batch, Credit
+from rlhub.views._rows import Row, build_views
 
 SPANS = [3, 5, 4, 2, 6, 3]
 PAIRS = [(0, 1), (2, 3), (4, 5)]

@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
-from rlhub.batching import pack_layout
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config import RopeConfig
 from rlhub.errors import UserError
 from rlhub.models import dream, llada, llada2, radd, sdar
 from rlhub.networks.layers import rotary_tables, rotate
+from rlhub.networks.layout import pack_layout
 from rlhub.networks.rope import base_factor, critical_dimension, extend
 from rlhub.plan import meta_network
 from rlhub.recipe import load_recipe
