@@ -54,9 +54,9 @@ def main() -> None:
 def measure() -> dict[str, Any]:
     """All figures; the best of three repeats where it is a rate."""
     from rewards import load_grader
+    from rewards.pool.pool import RewardPool
     from rlhub.config import RewardPoolConfig
     from workers.reward import RewardWorker
-    from workers.reward_pool import RewardPool
 
     computing = {"name": f"{__file__}:busy"}
     items = [("2 1", "1 2", {"answer": "1 2"})] * 500
@@ -95,8 +95,8 @@ def best(work: Callable[[], Any]) -> float:
 @contextmanager
 def served(part: dict[str, Any]) -> Iterator[str]:
     """The URL of a reward server in this process."""
+    from rewards.pool.server import serve_until
     from rlhub.config import RewardPoolConfig
-    from rlhub.reward_server import serve_until
 
     loop, stop, urls, ready = asyncio.new_event_loop(), asyncio.Event(), [], threading.Event()
 

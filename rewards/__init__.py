@@ -22,7 +22,7 @@ grader that cannot do its work raises, and whoever called it records that. An an
 A function is accepted too, from a module (`my_package.graders:brevity`) or a file (`grader.py:brevity`): either
 `f(prompt, completion, row, **options)` or TRL's `f(prompts, completions, **columns) -> list[float]`, as it is; both may be `async def`.
 
-Tools that graders share live in `rewards.tools`; every module directly in this folder is a reward.
+What graders share lies in `answers`, `sandbox` and `pool`; every module directly in this folder without a leading underscore is a reward.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rewards.tools.grader import Grader, Item, Prompt, WrongCount, same_count
+from rewards._grader import Grader, Item, Prompt, WrongCount, same_count
 
 __all__ = ["Grader", "Item", "Prompt", "WrongCount", "check_answer", "column", "extract_answer", "load_grader"]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewards import Item, Prompt
-from rewards.tools.grader import from_json
+from rewards._grader import from_json
 from rlhub.types import RewardResult
 
 FIRST_PAUSE = 0.2  # seconds before the second attempt; each later pause is twice as long

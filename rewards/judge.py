@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewards import Item, Prompt, column
-from rewards.tools.text import Unusable, check_text, plain
+from rewards.answers.text import Unusable, check_text, plain
 from rlhub.types import RewardResult
 
 TEMPLATE = """Judge the reply to the question below.

@@ -1,7 +1,7 @@
 r"""Mathematics: is the final answer of the completion equal to the gold answer?
 
-The answer is found by `rewards.tools.final_answer` (`\boxed{}`, `####`, `<answer>`, "the answer is", "A:", last number in prose).
-Numbers, with thousands, currency, percent, units, fractions and LaTeX around them, are compared exactly by `rewards.tools.numbers`; lists,
+The answer is found by `rewards.answers.final_answer` (`\boxed{}`, `####`, `<answer>`, "the answer is", "A:", last number in prose).
+Numbers, with thousands, currency, percent, units, fractions and LaTeX around them, are compared exactly by `rewards.answers.numbers`; lists,
 sets, tuples, intervals and assignments element by element; everything symbolic goes to math-verify (Hugging Face), without its alarm, which
 works in a main thread only: deadlines are the reward pool's business. Expressions whose evaluation could explode are not evaluated.
 
@@ -20,8 +20,8 @@ from importlib.metadata import version as package_version
 from typing import Any
 
 from rewards import Prompt, column
-from rewards.tools.final_answer import MAX_ANSWER, boxed, final_answer
-from rewards.tools.numbers import Number, first_number, last_number, parse_number, same_number, tidy
+from rewards.answers.final_answer import MAX_ANSWER, boxed, final_answer
+from rewards.answers.numbers import Number, first_number, last_number, parse_number, same_number, tidy
 from rlhub.types import RewardResult
 
 MAX_SYMBOLIC = 200  # characters of an expression that math-verify sees

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 from rewards import Item, Prompt
+from rewards.answers.text import Unusable, check_text, plain
 from rewards.reward_model import (
     Checkpoint,
     Encoded,
@@ -35,7 +36,6 @@ from rewards.reward_model import (
     scores,
     version,
 )
-from rewards.tools.text import Unusable, check_text, plain
 from rlhub.types import RewardResult
 
 __all__ = ["Config", "grade", "grade_batch", "own_limits", "prepare", "version"]

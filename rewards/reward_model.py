@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import Item, Prompt
-from rewards.tools.text import Unusable, check_text, plain
+from rewards.answers.text import Unusable, check_text, plain
 from rlhub.types import RewardResult
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rewards.tools.vllm_checkpoint import VllmCheckpoint
+    from rewards._vllm_checkpoint import VllmCheckpoint
 
 Encoded = dict[str, list[int]]  # input_ids and, where the tokenizer makes them, token_type_ids
 
@@ -166,7 +166,7 @@ def load(auto_class: str, config: Any) -> Checkpoint | VllmCheckpoint:
 @lru_cache(maxsize=4)
 def _load(auto_class: str, path: str, dtype: str, device: str, backend: str) -> Checkpoint | VllmCheckpoint:
     if backend == "vllm":
-        from rewards.tools.vllm_checkpoint import load_checkpoint
+        from rewards._vllm_checkpoint import load_checkpoint
 
         return load_checkpoint(path, dtype, "classify" if "Sequence" in auto_class else "token_classify")
     import torch

@@ -10,11 +10,11 @@ from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, get_args
 
 from rewards import Item
+from rewards.pool.pool import RewardPool
 from rlhub.config import RewardPoolConfig
 from rlhub.errors import DataError, UserError
 from rlhub.tasks.jsonl import read_jsonl
 from rlhub.types import RewardResult, RewardStatus
-from workers.reward_pool import RewardPool
 
 if TYPE_CHECKING:
     from rich.console import Group

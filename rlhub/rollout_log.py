@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rewards.tools.grader import to_json
+from rewards._grader import to_json
 from rlhub.errors import DataError
 from rlhub.metrics import plain, replace_text
 from rlhub.types import NEVER, Rollout

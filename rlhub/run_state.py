@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rewards.tools.text import plain
+from rewards.answers.text import plain
 from rlhub.algorithm import Algorithm
 from rlhub.checkpoints.sealed import checkpoint_name, read_manifest, remove_old_checkpoints, sealed_checkpoints, write_manifest
 from rlhub.config import AlgorithmConfig, OptimizerConfig, Recipe

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rewards.pool.pool import longest_call
 from rlhub.config import Recipe
 from rlhub.errors import SyncError, WorkerLost
 from rlhub.types import Receipt
 from workers.generator import Generator
 from workers.learner import Learner
 from workers.reward import RewardWorker
-from workers.reward_pool import longest_call
 from workers.runtime import Handle, LocalRuntime, Resources, Runtime
 from workers.scorer import Scorer
 from workers.supervisor import Pool

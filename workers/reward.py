@@ -7,9 +7,9 @@ from itertools import takewhile
 from typing import Any
 
 from rewards import Item
+from rewards.pool.pool import RewardPool
 from rlhub.config import RewardPoolConfig
 from rlhub.types import RewardResult
-from workers.reward_pool import RewardPool
 
 
 class RewardWorker:

@@ -93,7 +93,7 @@ def serve(name: str, options: tuple[str, ...], host: str, port: int, workers: in
       rlhub reward serve math_answer --workers 8 --port 8000
       rlhub reward serve grader.py:brevity scale=0.5 --port 0
     """
-    from rlhub.reward_server import serve
+    from rewards.pool.server import serve
 
     config = RewardPoolConfig(deadline_seconds=deadline, processes=workers, memory_megabytes=memory, cache=cache)
     serve(reward_part(name, options), host, port, config, announce=lambda url: click.echo(f"serving {name} at {url}"))

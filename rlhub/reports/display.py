@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rewards.tools.text import plain as plain_prompt
+from rewards.answers.text import plain as plain_prompt
 from rlhub.config import SamplerConfig
 from rlhub.errors import DataError, UserError
 from rlhub.parts import assign, flatten, load_part, part_config

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rewards import Grader, WrongCount, load_grader
-from rewards.tools.grader import from_json, to_json
+from rewards._grader import from_json, to_json
 from rlhub.config import Recipe
 from rlhub.evals import evaluate
 from rlhub.health import rollout_metrics

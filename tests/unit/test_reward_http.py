@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 
 from rewards import load_grader
-from rlhub import reward_server
+from rewards.pool import server as reward_server
+from rewards.pool.server import serve_until
 from rlhub.config import RewardPoolConfig
 from rlhub.errors import UserError
-from rlhub.reward_server import serve_until
 from rlhub.types import RewardResult
 
 GRADERS = """

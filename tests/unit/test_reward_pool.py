@@ -18,12 +18,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rewards.tools.cache import GradeCache
+from rewards.pool.cache import GradeCache
+from rewards.pool.pool import RewardPool
 from rlhub.config import RewardPoolConfig
 from rlhub.errors import UserError
 from rlhub.types import RewardResult
 from workers.reward import RewardWorker
-from workers.reward_pool import RewardPool
 
 GRADERS = '''
 import ctypes, os, signal, sys, threading, time
@@ -413,7 +413,7 @@ def cpu_seconds() -> dict[int, float]:
 
 
 def test_grading_processes_start_without_pytorch() -> None:
-    code = "import sys, rewards.tools.child; from rewards import load_grader; load_grader({'name': 'exact_match'}); print(*sys.modules)"
+    code = "import sys, rewards.pool.child; from rewards import load_grader; load_grader({'name': 'exact_match'}); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "rewards" in loaded and not {"torch", "numpy", "ray", "omegaconf"} & set(loaded)
 
@@ -433,7 +433,7 @@ def test_a_closed_pool_leaves_no_process_and_answers_nobody(pool: Callable[..., 
 
 def test_grading_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "graders.py").write_text(GRADERS)
-    code = "import sys; from workers.reward_pool import RewardPool; RewardPool({'name': sys.argv[1]}).grade([('', '', {})])"
+    code = "import sys; from rewards.pool.pool import RewardPool; RewardPool({'name': sys.argv[1]}).grade([('', '', {})])"
     parent = subprocess.Popen([sys.executable, "-c", code, f"{tmp_path}/graders.py:alive"])
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     grading = int((tmp_path / "pid").read_text())

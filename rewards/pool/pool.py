@@ -19,12 +19,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewards.tools.cache import GradeCache
-from rewards.tools.child import TOGETHER
-from rewards.tools.grader import Item
+from rewards._grader import Item
+from rewards.pool.cache import GradeCache
+from rewards.pool.child import TOGETHER
+from rewards.pool.process import START_SECONDS, Failure, RewardProcess
 from rlhub.config import RewardPoolConfig
 from rlhub.types import RewardResult
-from workers.reward_process import START_SECONDS, Failure, RewardProcess
 
 log = logging.getLogger("rlhub")
 

@@ -18,14 +18,14 @@ from typing import Any
 
 import psutil
 
-from rewards.tools.child import IDLE, LENGTH, PROGRESS
+from rewards.pool.child import IDLE, LENGTH, PROGRESS
 from rlhub.config import RewardPoolConfig
 from rlhub.errors import UserError
 
 START_SECONDS = 120.0  # for a process to load its grader
 POLL_SECONDS = 0.05  # between looks at a busy process's clock and memory
 
-_MAIN = "import sys; sys.path[:] = sys.argv[1:]; sys.argv[1:] = []; from rewards.tools.child import main; main()"
+_MAIN = "import sys; sys.path[:] = sys.argv[1:]; sys.argv[1:] = []; from rewards.pool.child import main; main()"
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Grader:
         """One result per item, in order; an item on which the grader raises has status `crashed` with the end of the traceback.
 
         When a batched grader raises, its items are graded alone, so that only the guilty ones fail. `deadline_seconds` ends each item
-        of a coroutine grader with status `timeout`; other graders can be stopped by ending their process only (`workers.reward_pool`).
+        of a coroutine grader with status `timeout`; other graders can be stopped by ending their process only (`rewards.pool.pool`).
 
         Raises:
             WrongCount: the grader returned more or fewer results than there are items.

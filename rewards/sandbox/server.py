@@ -2,7 +2,7 @@
 
 Run as a script in a fresh interpreter, so that no program shares memory with the grader; standard library only. From the outside in:
 
-    grader (rewards.tools.sandbox)
+    grader (rewards.sandbox.sandbox)
       server        user and mount namespace; its root holds the interpreter, its libraries and nothing else
         keeper      one per program: new user, pid, mount, network, ipc and uts namespaces; ends them when told to or when the grader dies
           init      pid 1 of the program's namespace: limits, no capabilities, seccomp; when it ends, the kernel ends all that is left

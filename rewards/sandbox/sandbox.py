@@ -1,6 +1,6 @@
 """Runs programs that a model wrote, so that nothing they do reaches the grader, the machine or the verdict.
 
-    python -m rewards.tools.sandbox [strong | weak]      which layers are in force on this machine
+    python -m rewards.sandbox.sandbox [strong | weak]      which layers are in force on this machine
 
 `strong` is new user, pid, mount, network, ipc and uts namespaces, a read-only root with the interpreter only, no capabilities, a seccomp
 filter, resource limits, and a memory and process cgroup where one can be had. Where a layer other than the cgroup is missing it refuses.

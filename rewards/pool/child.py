@@ -19,7 +19,7 @@ import time
 from typing import Any, BinaryIO
 
 from rewards import load_grader
-from rewards.tools.grader import Grader, Item, WrongCount, crashed
+from rewards._grader import Grader, Item, WrongCount, crashed
 from rlhub.types import RewardResult
 
 IDLE, TOGETHER = -2, -1  # in the place of an item's index: between items, and a call for all of them

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from rewards.tools.numbers import last_number, parse_number, tidy
+from rewards.answers.numbers import last_number, parse_number, tidy
 
 MAX_TEXT = 100_000  # characters from the end of a completion that are searched for marks
 MAX_PROSE = 4_000  # and for a number

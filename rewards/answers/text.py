@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewards.tools.grader import Prompt
+from rewards._grader import Prompt
 
 
 class Unusable(ValueError):

@@ -13,10 +13,10 @@ from typing import Any
 
 from aiohttp import web
 
-from rewards.tools.grader import Item, to_json
+from rewards._grader import Item, to_json
+from rewards.pool.pool import RewardPool
 from rlhub.config import RewardPoolConfig
 from rlhub.errors import UserError
-from workers.reward_pool import RewardPool
 
 MAX_BYTES = 64 * 2**20  # of one request
 MAX_WAITING = 20_000  # items in the queue; beyond, clients are told to come back

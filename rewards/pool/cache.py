@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rewards.tools.grader import Item, from_json, to_json
+from rewards._grader import Item, from_json, to_json
 from rlhub.types import RewardResult
 
 MAX_IN_MEMORY = 500_000  # grades; the oldest are forgotten

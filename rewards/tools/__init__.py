@@ -1,1 +1,0 @@
-"""What several rewards use and what is not a reward itself."""
