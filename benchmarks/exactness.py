@@ -33,9 +33,9 @@ def main(run: Path, rollouts: int, samplers: tuple[str, ...], temperatures: tupl
     from rlhub.checkpoints.sealed import resolve_model_path
     from rlhub.checkpoints.tokenizers import encode_prompts, load_tokenizer
     from rlhub.checkpoints.weights import load_network
+    from rlhub.config.recipe import load_recipe
     from rlhub.evals import evaluation_task
     from rlhub.noise import Noise
-    from rlhub.recipe import load_recipe
     from rlhub.types import Request
     from workers.engines.torch_engine import Engine
 

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from rlhub.checkpoints.weights import save_network
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.models import llada
 from rlhub.pipeline import Issued, generate
 from rlhub.types import Request

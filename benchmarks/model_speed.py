@@ -35,7 +35,7 @@ def measure(shape: str, device: str, rows: int, length: int, steps: int, rank: i
 
     from rlhub.checkpoints.adapters import write_fresh_adapter
     from rlhub.checkpoints.weights import load_network, save_network
-    from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig, SamplerConfig
+    from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig, SamplerConfig
     from rlhub.models.llada import Config, build
     from rlhub.networks.layout import pack_layout, to_device
     from rlhub.noise import Noise

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhub.config import AlgorithmConfig
+from rlhub.config.schema import AlgorithmConfig
 from rlhub.models.llada import Config, LLaDA
 from rlhub.networks.layers import rotary_tables, rotate
 from rlhub.noise import Noise
@@ -163,7 +163,7 @@ class GradientOnly(torch_backend.Backend):
 def measure(sizes: Sizes) -> dict[str, Any]:
     """All figures; see the module's docstring."""
     from rlhub.checkpoints.sealed import save_network
-    from rlhub.recipe import load_recipe
+    from rlhub.config.recipe import load_recipe
     from workers.learner import Learner
     from workers.scorer import Scorer
 

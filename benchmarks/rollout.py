@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.models import llada, sdar
 from rlhub.networks.layers import rotary_tables, rotate
 from rlhub.networks.layout import pack_layout

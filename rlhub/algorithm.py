@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhub.config import AlgorithmConfig
+from rlhub.config.schema import AlgorithmConfig
 from rlhub.kl import mean_penalty
 from rlhub.noise import Noise
 from rlhub.off_policy import correction_metrics, correction_weights, weighted_credit

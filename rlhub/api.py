@@ -17,15 +17,15 @@ from torch import Tensor
 from rlhub.checkpoints.sealed import resolve_model_path
 from rlhub.checkpoints.tokenizers import encode_prompts, load_tokenizer
 from rlhub.checkpoints.weights import load_network
-from rlhub.checks import check_sampler
-from rlhub.config import SamplerConfig
+from rlhub.config.checks import check_sampler
+from rlhub.config.recipe import load_recipe
+from rlhub.config.schema import SamplerConfig
 from rlhub.errors import UserError
 from rlhub.likelihoods import sequence_draws
 from rlhub.networks.layout import pack_layout, to_device
 from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.progress import RunProgress
-from rlhub.recipe import load_recipe
 from rlhub.scoring import token_log_probs
 from rlhub.types import Batch, Credit, Request, Rollout
 from rlhub.views._rows import fit_blocks

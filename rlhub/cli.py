@@ -80,8 +80,8 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
       rlhub train recipes/sort.yaml run.name=fast run.steps=20 algorithm.objective.name=token_clip
       rlhub train recipes/sort.yaml run.resume=false
     """
-    from rlhub.checks import check_devices
-    from rlhub.recipe import load_recipe
+    from rlhub.config.checks import check_devices
+    from rlhub.config.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides)
     check_devices(resolved)
@@ -191,8 +191,8 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
       rlhub plan recipes/sort.yaml
       rlhub plan recipes/sort.yaml roles.learners=4 --json
     """
+    from rlhub.config.recipe import load_recipe
     from rlhub.plan import make_plan, plan_view
-    from rlhub.recipe import load_recipe
 
     made = make_plan(load_recipe(recipe, overrides))
     if as_json:

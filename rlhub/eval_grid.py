@@ -26,7 +26,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from rlhub.config import Recipe, SamplerConfig
+from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.errors import DataError, RecipeError, UserError
 from rlhub.evals import evaluation_crew, evaluation_recipe, measure, num_test_problems
 from rlhub.metrics import plain, replace_text, wilson_interval
@@ -162,7 +162,7 @@ def combinations(axes: dict[str, list[str]], name: str) -> list[dict[str, str]]:
 
 def grid_cells(recipe_path: str, overrides: list[str], made: list[dict[str, str]]) -> tuple[list[Cell], list[tuple[dict[str, str], str]]]:
     """Those of the combinations that make a sampler, and the others with the reason."""
-    from rlhub.recipe import load_recipe
+    from rlhub.config.recipe import load_recipe
 
     cells, skipped = [], []
     for values in made:

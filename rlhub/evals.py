@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from rlhub.config import Recipe, SamplerConfig
+from rlhub.config.recipe import load_recipe, validate
+from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.errors import RecipeError, UserError, WorkerLost
 from rlhub.pipeline import EVAL, evaluation_settings, generate, grade, issue
-from rlhub.recipe import load_recipe, validate
 from rlhub.tasks import Task, load_task
 
 PIECE = 512  # problems issued at once

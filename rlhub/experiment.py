@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from rlhub.config.recipe import load_recipe
 from rlhub.errors import RecipeError
 from rlhub.metrics import Summary, read_metrics, replace_text, summarize
-from rlhub.recipe import load_recipe
 from rlhub.reports.page import write_report
 from rlhub.reports.plots import PANELS, Group, draw_panel
 

@@ -16,12 +16,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rlhub.config.recipe import load_options
 from rlhub.errors import RecipeError
 from rlhub.labs import Check, Verdict, seconds_of_arms
 from rlhub.metrics import plain, replace_text
 from rlhub.parts import load_part, part_names
 from rlhub.progress import RunProgress
-from rlhub.recipe import load_options
 
 RECIPES = Path("recipes") / "labs"
 ANSWERS = {True: "yes", False: "no", None: "undecided"}

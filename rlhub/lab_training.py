@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhub.batching import micro_batches
-from rlhub.config import OptimizerConfig, SamplerConfig
+from rlhub.config.schema import OptimizerConfig, SamplerConfig
 from rlhub.labs import Tick
 from rlhub.models import llada
 from rlhub.networks.layout import pack_layout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rlhub.config import OptimizerConfig
+from rlhub.config.schema import OptimizerConfig
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:

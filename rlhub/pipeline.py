@@ -12,7 +12,7 @@ import numpy as np
 
 from rewards import Item
 from rlhub.checkpoints.tokenizers import decode, encode_prompts
-from rlhub.config import Recipe, SamplerConfig
+from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.errors import DataError, SyncError, WorkerHung, WorkerLost
 from rlhub.health import staleness
 from rlhub.noise import Noise, sample_uid

@@ -15,10 +15,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from rlhub.config import ModelConfig, Recipe, SamplerConfig
+from rlhub.config.recipe import dump_recipe
+from rlhub.config.schema import ModelConfig, Recipe, SamplerConfig
 from rlhub.errors import RecipeError
 from rlhub.memory import Memory, serving_memory, training_memory
-from rlhub.recipe import dump_recipe
 from rlhub.vllm_plugin import check_model
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rlhub.config import RouterConfig
+from rlhub.config.schema import RouterConfig
 from rlhub.networks.experts import Routing, Rule, routers
 
 LEVELS = 4  # equal bins of the masked share

@@ -18,8 +18,9 @@ from rlhub.checkpoints.folders import empty_network, family_of, is_adapter_folde
 from rlhub.checkpoints.sealed import resolve_model_path, sealed_checkpoints
 from rlhub.checkpoints.tokenizers import load_tokenizer
 from rlhub.checkpoints.weights import save_network
-from rlhub.checks import check_devices
-from rlhub.config import Recipe, RopeConfig
+from rlhub.config.checks import check_devices
+from rlhub.config.recipe import dump_recipe, load_recipe, validate
+from rlhub.config.schema import Recipe, RopeConfig
 from rlhub.errors import CheckpointError, RecipeError, UserError, WorkerLost
 from rlhub.evals import evaluation_task, shared_prompts
 from rlhub.metrics import read_metrics, replace_text, summarize
@@ -29,7 +30,6 @@ from rlhub.pairs import load_pairs, report_bad
 from rlhub.parts import load_part
 from rlhub.plan import format_plan, make_plan
 from rlhub.progress import RunProgress, summary_panel
-from rlhub.recipe import dump_recipe, load_recipe, validate
 from rlhub.reports.page import write_report
 from rlhub.run_state import Session, StopRequest, last_position
 from rlhub.tasks import load_task, task_tokenizer

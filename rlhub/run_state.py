@@ -16,7 +16,7 @@ from typing import Any
 from rewards.answers.text import plain
 from rlhub.algorithm import Algorithm
 from rlhub.checkpoints.sealed import checkpoint_name, read_manifest, remove_old_checkpoints, sealed_checkpoints, write_manifest
-from rlhub.config import AlgorithmConfig, OptimizerConfig, Recipe
+from rlhub.config.schema import AlgorithmConfig, OptimizerConfig, Recipe
 from rlhub.errors import UserError
 from rlhub.evals import evaluate
 from rlhub.health import staleness

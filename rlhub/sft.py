@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhub.config import AlgorithmConfig, ModelConfig, SFTConfig
+from rlhub.config.schema import AlgorithmConfig, ModelConfig, SFTConfig
 from rlhub.errors import DataError
 from rlhub.noise import Noise
 from rlhub.types import Batch

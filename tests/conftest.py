@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rlhub.config import Recipe
-from rlhub.recipe import load_recipe
+from rlhub.config.recipe import load_recipe
+from rlhub.config.schema import Recipe
 
 # Two test processes share two cores; and with the thread count fixed, sums are taken in the same order everywhere.
 torch.set_num_threads(1)

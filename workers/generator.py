@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from rlhub.checkpoints.weights import load_network
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.networks.lora import training_state
 from rlhub.noise import Noise
 from rlhub.types import Receipt, Request, Rollout

@@ -23,7 +23,7 @@ from torch import Tensor
 from rlhub.algorithm import Algorithm, LogProbs
 from rlhub.batching import MicroBatch, micro_batches, shard_rows
 from rlhub.checkpoints.weights import load_network, save_network
-from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig, RouterConfig
+from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig, RouterConfig
 from rlhub.errors import RecipeError
 from rlhub.health import health_metrics
 from rlhub.networks.experts import Routing, record_routing, routers

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.pool.pool import longest_call
-from rlhub.config import Recipe
+from rlhub.config.schema import Recipe
 from rlhub.errors import SyncError, WorkerLost
 from rlhub.types import Receipt
 from workers.generator import Generator

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhub.algorithm import Algorithm
 from rlhub.checkpoints.weights import load_network, save_network
-from rlhub.config import AlgorithmConfig
+from rlhub.config.schema import AlgorithmConfig
 from rlhub.networks.lora import training_state
 from rlhub.noise import Noise
 from rlhub.scoring import token_log_probs

@@ -40,7 +40,7 @@ def variance(recipe: str, overrides: tuple[str, ...], as_json: bool, **request: 
     """
     from rich.console import Console
 
-    from rlhub.recipe import load_recipe
+    from rlhub.config.recipe import load_recipe
     from rlhub.variance.measure import Request, show
     from rlhub.variance.measure import variance as measure
 

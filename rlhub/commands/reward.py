@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from rlhub.config import RewardPoolConfig
+from rlhub.config.schema import RewardPoolConfig
 from rlhub.errors import UserError
 
 deadline = click.option(

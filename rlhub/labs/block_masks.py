@@ -22,7 +22,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.lab_training import batch_of, sample
 from rlhub.labs import Arm, Check, Tick, Verdict, run_arms
 from rlhub.models import llada2, sdar

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from scipy.linalg import sqrtm
 from torch import nn
 
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.lab_training import SFT, batch_of, counted, masked_loss, sample, tiny_llada, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.noise import Noise

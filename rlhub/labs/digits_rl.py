@@ -72,8 +72,8 @@ def accuracies(config: Config, path: str, seed: int) -> dict[str, float]:
     from rewards.digit_class import classifier
     from rlhub.checkpoints.sealed import resolve_model_path
     from rlhub.checkpoints.weights import load_network
+    from rlhub.config.recipe import load_recipe
     from rlhub.lab_training import sample
-    from rlhub.recipe import load_recipe
 
     labels = np.arange(config.images) % CLASSES
     settings = load_recipe(RECIPE, config.overrides).sampler
@@ -133,7 +133,7 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> Figure:
 
 def _train(config: Config, folder: str, kind: str, seed: int, options: list[str]) -> str:
     """A run folder of the recipe; continues by itself when it was stopped."""
-    from rlhub.recipe import load_recipe
+    from rlhub.config.recipe import load_recipe
     from rlhub.run import train
 
     names = [f"run.seed={seed}", f"run.output_dir={folder}", f"run.name={kind}_seed{seed}"]

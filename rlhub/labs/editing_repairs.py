@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from rlhub.batching import micro_batches
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.lab_training import SFT, batch_of, counted, sample, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.models import llada2

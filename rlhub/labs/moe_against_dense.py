@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from rlhub.batching import micro_batches
-from rlhub.config import RouterConfig
+from rlhub.config.schema import RouterConfig
 from rlhub.lab_training import SFT, batch_of, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, not_above, run_arms
 from rlhub.models import llada_moe

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.lab_training import sample, tiny_llada
 from rlhub.labs import Arm, Check, Tick, Verdict, run_arms
 from rlhub.progress import RunProgress

@@ -23,7 +23,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import nn
 
-from rlhub.config import RopeConfig, SamplerConfig
+from rlhub.config.schema import RopeConfig, SamplerConfig
 from rlhub.lab_training import SFT, batch_of, counted, masked_loss, sample, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.models import llada

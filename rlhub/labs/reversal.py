@@ -25,7 +25,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from rlhub.config import OptimizerConfig, SamplerConfig
+from rlhub.config.schema import OptimizerConfig, SamplerConfig
 from rlhub.lab_training import batch_of, causal_layout, masked_loss, sample, tiny_llada, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.noise import Noise

@@ -11,7 +11,7 @@ import math
 from dataclasses import fields, replace
 from typing import TypeVar
 
-from rlhub.config import RopeConfig
+from rlhub.config.schema import RopeConfig
 
 Config = TypeVar("Config")
 CONTEXT_FIELDS = ("max_sequence_length", "max_position_embeddings")  # the context's name in the families' configs

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.noise import Noise
 from rlhub.oracle.network import block_causal_length, row_logits
 from rlhub.types import NEVER, Request, Rollout

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhub.config import AlgorithmConfig
+from rlhub.config.schema import AlgorithmConfig
 from rlhub.noise import Noise
 from rlhub.oracle.network import row_logits
 from rlhub.types import Rollout

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from rlhub.checkpoints.tokenizers import encode_prompts
-from rlhub.config import AlgorithmConfig, Recipe
+from rlhub.config.schema import AlgorithmConfig, Recipe
 from rlhub.errors import DataError
 from rlhub.noise import Noise, sample_uid
 from rlhub.parts import part_config

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlhub.algorithm import Algorithm
-from rlhub.config import Recipe
+from rlhub.config.schema import Recipe
 from rlhub.pairs import PairOrder, Pairs
 from rlhub.pairs.reference_cache import ReferenceCache, cache_key, concatenated, weights_hash
 from rlhub.types import Batch, LogLikelihood

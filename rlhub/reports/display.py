@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rewards.answers.text import plain as plain_prompt
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.errors import DataError, UserError
 from rlhub.parts import assign, flatten, load_part, part_config
 from rlhub.reports.timeline import (

@@ -135,7 +135,7 @@ def settings_text(sampler: Mapping[str, Any]) -> str:
     >>> settings_text({"name": "random", "length": 8, "steps": 4, "block_length": 8, "temperature": 1.0, "top_p": 1.0, "eos": "last"})
     'random, length 8, steps 4, block_length 8, temperature 1, eos last'
     """
-    from rlhub.config import SamplerConfig
+    from rlhub.config.schema import SamplerConfig
 
     default = vars(SamplerConfig())
     usual = ("length", "steps", "block_length", "temperature")

@@ -45,7 +45,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.networks.profile import Profile
 
 Uniforms = Callable[[str], Tensor]

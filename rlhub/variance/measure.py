@@ -18,7 +18,7 @@ from rlhub.checkpoints.folders import is_model_folder
 from rlhub.checkpoints.sealed import resolve_model_path, sealed_checkpoints
 from rlhub.checkpoints.tokenizers import load_tokenizer
 from rlhub.checkpoints.weights import load_network
-from rlhub.config import Recipe
+from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, UserError
 from rlhub.pairs import Pairs, encode, load_pairs
 from rlhub.progress import RunProgress

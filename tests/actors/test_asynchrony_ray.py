@@ -16,7 +16,7 @@ import pytest
 import ray
 from rich.console import Console
 
-from rlhub.config import Recipe
+from rlhub.config.schema import Recipe
 from rlhub.metrics import read_metrics, without_clocks
 from rlhub.rollout_log import read_rollouts, rollout_path
 from rlhub.run import train

@@ -16,7 +16,7 @@ from rlhub.algorithm import Algorithm
 from rlhub.batching import make_batch
 from rlhub.checkpoints.adapters import write_fresh_adapter
 from rlhub.checkpoints.weights import load_network, save_network
-from rlhub.config import AlgorithmConfig, KLConfig, LearnerConfig, OptimizerConfig, RouterConfig
+from rlhub.config.schema import AlgorithmConfig, KLConfig, LearnerConfig, OptimizerConfig, RouterConfig
 from rlhub.networks.experts import routers
 from rlhub.networks.lora import training_state
 from rlhub.parts import load_part

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from rlhub.checkpoints.export import export
 from rlhub.checkpoints.sealed import load_network, save_network
-from rlhub.config import Recipe
+from rlhub.config.schema import Recipe
 from rlhub.errors import UserError
 from rlhub.evals import evaluate_checkpoint
 from rlhub.metrics import read_metrics, without_clocks

@@ -26,7 +26,7 @@ import rlhub
 from rlhub.batching import make_batch
 from rlhub.checkpoints.export import export
 from rlhub.checkpoints.sealed import load_network, save_network
-from rlhub.config import LearnerConfig, OptimizerConfig, Recipe
+from rlhub.config.schema import LearnerConfig, OptimizerConfig, Recipe
 from rlhub.errors import RecipeError, SyncError, UserError, WorkerLost
 from rlhub.evals import evaluate_checkpoint
 from rlhub.metrics import read_metrics, without_clocks
@@ -504,7 +504,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
 
 
 def weights_of(runtime: RayRuntime, learners: list[RayHandle], model: Path) -> dict[str, torch.Tensor]:
-    store = ObjectStore(runtime, learners, rlhub.config.SyncConfig())
+    store = ObjectStore(runtime, learners, rlhub.config.schema.SyncConfig())
     store.publish()
     network = load_network(model)
     load_buckets(network.state_dict(), [runtime.get(bucket) for bucket in store.buckets], store.bucket_bytes)

@@ -18,7 +18,7 @@ import torch
 from announcing import PATIENCE, Announcing
 
 from rlhub.checkpoints.sealed import load_network, save_network
-from rlhub.config import Recipe, SamplerConfig
+from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.tasks import task_tokenizer

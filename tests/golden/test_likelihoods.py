@@ -16,7 +16,7 @@ from torch import nn
 
 from rlhub.advantages import group_mean, leave_one_out
 from rlhub.algorithm import Algorithm, LogProbs
-from rlhub.config import AlgorithmConfig, KLConfig
+from rlhub.config.schema import AlgorithmConfig, KLConfig
 from rlhub.kl import mean_penalty, penalty
 from rlhub.likelihoods import by_sign, elbo, eubo, exact, mean_field, trajectory
 from rlhub.noise import Noise

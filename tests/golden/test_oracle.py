@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rlhub import oracle
 from rlhub.algorithm import Algorithm, LogProbs
 from rlhub.batching import MicroBatch, make_batch, micro_batches
-from rlhub.config import AlgorithmConfig, KLConfig, SamplerConfig
+from rlhub.config.schema import AlgorithmConfig, KLConfig, SamplerConfig
 from rlhub.models.llada import Config, LLaDA
 from rlhub.networks.layout import pack_layout
 from rlhub.networks.profile import Profile

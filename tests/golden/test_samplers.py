@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhub import oracle, samplers
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.models import dream, llada, sdar
 from rlhub.networks.profile import Profile
 from rlhub.noise import Noise

@@ -291,7 +291,7 @@ def test_the_command_writes_what_it_measures(tmp_path):
     assert json.loads(again.stdout)["policies"] == made["policies"]
     extended = tmp_path / "extended.yaml"
     extended.write_text(f"extends: [{recipe.name}, out/adaptive.yaml]\n")
-    from rlhub.recipe import load_recipe
+    from rlhub.config.recipe import load_recipe
 
     assert load_recipe(extended).algorithm.views["name"] == "adaptive"
 

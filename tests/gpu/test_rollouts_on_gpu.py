@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlhub import device_noise, oracle
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.models import dream, llada, sdar
 from rlhub.noise import Noise
 from rlhub.types import Request

@@ -11,9 +11,9 @@ from torch import nn
 
 from rlhub.algorithm import Algorithm, LogProbs
 from rlhub.batching import MicroBatch, micro_batches, shard_rows
+from rlhub.config.recipe import load_recipe
 from rlhub.networks.layout import slice_layout
 from rlhub.noise import Noise
-from rlhub.recipe import load_recipe
 from rlhub.scoring import token_log_probs
 from rlhub.types import NEVER, Batch
 

@@ -15,7 +15,7 @@ import rlhub
 from rlhub import oracle
 from rlhub.checkpoints.sealed import save_network, write_manifest
 from rlhub.checkpoints.tokenizers import decode
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.errors import CheckpointError, DataError, UserError
 from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import Noise

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rlhub.config import Recipe, SamplerConfig
+from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.errors import DataError, RecipeError, SyncError, WorkerHung, WorkerLost
 from rlhub.metrics import read_metrics, without_clocks
 from rlhub.pipeline import Issued, RolloutQueue

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhub.checks import check_devices
-from rlhub.config import Recipe
+from rlhub.config.checks import check_devices
+from rlhub.config.recipe import load_recipe, save_recipe, validate
+from rlhub.config.schema import Recipe
 from rlhub.errors import RecipeError
 from rlhub.parts import KeyedError, load_part, part_config, part_names
-from rlhub.recipe import load_recipe, save_recipe, validate
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VIEWS = """

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from rlhub import controller
-from rlhub.config import Recipe
+from rlhub.config.schema import Recipe
 from rlhub.errors import CheckpointError, DataError, RecipeError, UserError, WorkerHung, WorkerLost
 from rlhub.evals import evaluate_checkpoint, evaluation_task
 from rlhub.metrics import read_metrics, without_clocks

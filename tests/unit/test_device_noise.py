@@ -10,7 +10,7 @@ import torch
 from scipy.stats import chi2
 
 from rlhub import device_noise
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.models import llada
 from rlhub.noise import Noise, Stream
 from rlhub.types import Request

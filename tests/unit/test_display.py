@@ -17,7 +17,7 @@ from rich.console import Console
 import rlhub
 from rlhub.checkpoints.sealed import save_network, write_manifest
 from rlhub.cli import main
-from rlhub.config import Recipe
+from rlhub.config.schema import Recipe
 from rlhub.models import llada, sdar
 from rlhub.models.llada import Config, LLaDA
 from rlhub.reports import display

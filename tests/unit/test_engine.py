@@ -12,13 +12,13 @@ import torch
 
 import rlhub
 from rlhub.api import Model
-from rlhub.checks import check_sampler
-from rlhub.config import SamplerConfig
+from rlhub.config.checks import check_sampler
+from rlhub.config.recipe import load_recipe
+from rlhub.config.schema import SamplerConfig
 from rlhub.errors import UserError
 from rlhub.models import dream, llada, sdar
 from rlhub.noise import Noise, from_lower_bounds
 from rlhub.plan import make_plan
-from rlhub.recipe import load_recipe
 from rlhub.types import NEVER, Request
 from workers.engines import forward, row_stats
 from workers.engines.agreement import agreement

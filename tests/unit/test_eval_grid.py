@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from rlhub.cli import main
-from rlhub.config import Recipe
+from rlhub.config.schema import Recipe
 from rlhub.eval_grid import pareto_front
 from rlhub.metrics import wilson_interval
 from rlhub.run import train

@@ -7,9 +7,9 @@ from statistics import stdev
 import pytest
 import yaml
 
+from rlhub.config.recipe import load_recipe
 from rlhub.errors import RecipeError
 from rlhub.experiment import load_experiment, mean_interval, run_experiment
-from rlhub.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

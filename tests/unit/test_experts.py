@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhub.config import RouterConfig
+from rlhub.config.schema import RouterConfig
 from rlhub.networks.experts import Router, Rule, SparseMLP, choose_experts, expert_scores, expert_weights, mix_experts, record_routing
 from rlhub.routing import LEVELS, auxiliary_loss, freeze_routers, masked_share, router_metrics, router_sums
 

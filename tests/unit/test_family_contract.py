@@ -17,7 +17,7 @@ import rlhub.models
 from rlhub.batching import make_batch
 from rlhub.checkpoints.adapters import write_fresh_adapter
 from rlhub.checkpoints.weights import load_network, save_network
-from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig
+from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig
 from rlhub.networks.cache import CacheView
 from rlhub.networks.layout import pack_layout
 from rlhub.networks.profile import Profile

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rlhub.algorithm import Algorithm
-from rlhub.config import AlgorithmConfig
+from rlhub.config.schema import AlgorithmConfig
 from rlhub.health import health_metrics, rollout_metrics
 from rlhub.types import NEVER, Batch, Credit, LogLikelihood, RewardResult, Rollout, Scores
 

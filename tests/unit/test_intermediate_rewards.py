@@ -14,12 +14,12 @@ from rich.console import Console
 
 from rlhub.algorithm import Algorithm
 from rlhub.batching import make_batch
-from rlhub.config import Recipe
+from rlhub.config.recipe import load_recipe
+from rlhub.config.schema import Recipe
 from rlhub.errors import RecipeError
 from rlhub.metrics import read_metrics
 from rlhub.noise import Noise
 from rlhub.pipeline import Issued, grade_states, shuffle_grades
-from rlhub.recipe import load_recipe
 from rlhub.run import train
 from rlhub.tasks._vocabulary import word_level
 from rlhub.types import NEVER, Example, Request, RewardResult, Rollout

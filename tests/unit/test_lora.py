@@ -18,7 +18,7 @@ from torch import nn
 from rlhub.checkpoints.adapters import write_fresh_adapter
 from rlhub.checkpoints.export import export
 from rlhub.checkpoints.weights import load_network, save_network
-from rlhub.config import Recipe
+from rlhub.config.schema import Recipe
 from rlhub.errors import CheckpointError, RecipeError
 from rlhub.metrics import read_metrics
 from rlhub.networks.layout import pack_layout

@@ -8,7 +8,7 @@ import torch
 
 from rlhub.batching import make_batch, micro_batches
 from rlhub.checkpoints.weights import load_network, save_network
-from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig, RouterConfig, SamplerConfig
+from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig, RouterConfig, SamplerConfig
 from rlhub.errors import RecipeError
 from rlhub.models import llada2, llada_moe
 from rlhub.networks.experts import record_routing, routers

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhub.algorithm import Algorithm, LogProbs
-from rlhub.config import AlgorithmConfig
+from rlhub.config.schema import AlgorithmConfig
 from rlhub.noise import Noise
 from rlhub.off_policy import correction_metrics, correction_weights, weighted_credit
 from rlhub.parts import part_names

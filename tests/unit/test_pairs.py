@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from rlhub.algorithm import Algorithm, LogProbs
 from rlhub.batching import micro_batches
 from rlhub.checkpoints.sealed import load_network
-from rlhub.config import Recipe
+from rlhub.config.recipe import load_recipe
+from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, RecipeError
 from rlhub.metrics import read_metrics, without_clocks
 from rlhub.noise import Noise
 from rlhub.pairs import Pairs
 from rlhub.pairs.sampling import best_and_worst, sample_pairs
-from rlhub.recipe import load_recipe
 from rlhub.run import train
 from rlhub.scoring import micro_batch_log_probs, token_log_probs
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhub.algorithm import Algorithm, LogProbs
-from rlhub.config import AlgorithmConfig
+from rlhub.config.schema import AlgorithmConfig
 from rlhub.errors import RecipeError
 from rlhub.types import Batch, Credit
 from rlhub.views._rows import Row, build_views

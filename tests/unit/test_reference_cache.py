@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhub.algorithm import Algorithm
-from rlhub.config import AlgorithmConfig
+from rlhub.config.schema import AlgorithmConfig
 from rlhub.errors import CheckpointError
 from rlhub.noise import Noise
 from rlhub.pairs import PairOrder, Pairs, reference_cache

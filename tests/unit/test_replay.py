@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from rlhub.checkpoints.sealed import save_network
-from rlhub.config import AlgorithmConfig, LearnerConfig, OptimizerConfig, Recipe, SamplerConfig
+from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig, Recipe, SamplerConfig
 from rlhub.metrics import read_metrics
 from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import Noise

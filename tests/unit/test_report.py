@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from rlhub.config import Recipe
+from rlhub.config.schema import Recipe
 from rlhub.errors import CheckpointError, DataError
 from rlhub.metrics import MetricsLog, summarize
 from rlhub.reports.page import Run, differences, dump_view, group_name, save_accuracy_plot, write_report

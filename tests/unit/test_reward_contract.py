@@ -18,7 +18,7 @@ from rich.console import Console
 
 from rewards import Grader, WrongCount, load_grader
 from rewards._grader import from_json, to_json
-from rlhub.config import Recipe
+from rlhub.config.schema import Recipe
 from rlhub.evals import evaluate
 from rlhub.health import rollout_metrics
 from rlhub.metrics import read_metrics

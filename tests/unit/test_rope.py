@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from rlhub.checkpoints.weights import load_network, save_network
-from rlhub.config import RopeConfig
+from rlhub.config.recipe import load_recipe
+from rlhub.config.schema import RopeConfig
 from rlhub.errors import UserError
 from rlhub.models import dream, llada, llada2, radd, sdar
 from rlhub.networks.layers import rotary_tables, rotate
 from rlhub.networks.layout import pack_layout
 from rlhub.networks.rope import base_factor, critical_dimension, extend
 from rlhub.plan import meta_network
-from rlhub.recipe import load_recipe
 
 K = 1024
 LLADA = {8: (3.40, 3.53), 16: (13.6, 12.5), 24: (30.6, 26.3), 32: (54.4, 44.5), 64: (217.6, 158.2), 128: (870.3, 561.9)}

@@ -12,7 +12,7 @@ import torch
 
 from rlhub.algorithm import Algorithm, LogProbs
 from rlhub.checkpoints.weights import save_network
-from rlhub.config import AlgorithmConfig, SFTConfig
+from rlhub.config.schema import AlgorithmConfig, SFTConfig
 from rlhub.errors import DataError, RecipeError
 from rlhub.metrics import read_metrics
 from rlhub.models import dream, llada

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from rewards import process_reward, reward_model
-from rlhub.checks import check_devices
+from rlhub.config.checks import check_devices
+from rlhub.config.recipe import load_recipe
 from rlhub.errors import RecipeError, UserError
 from rlhub.models import llada
 from rlhub.plan import make_plan
-from rlhub.recipe import load_recipe
 from rlhub.vllm_plugin import check_model, check_vllm
 
 SORT = Path(__file__).parents[2] / "recipes" / "sort.yaml"

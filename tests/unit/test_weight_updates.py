@@ -19,7 +19,7 @@ from announcing import PATIENCE, Announcing
 
 from rlhub import oracle
 from rlhub.checkpoints.sealed import save_network
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.errors import SyncError
 from rlhub.models import llada, sdar
 from rlhub.noise import Noise

@@ -13,7 +13,7 @@ from announcing import PATIENCE, Announcing
 from torch import Tensor
 
 from rlhub.checkpoints.sealed import save_network
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.errors import DataError, UserError
 from rlhub.models import dream, llada, llada2, llada_moe, sdar
 from rlhub.noise import Noise

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhub.config import LearnerConfig, OptimizerConfig
+from rlhub.config.schema import LearnerConfig, OptimizerConfig
 from rlhub.networks.lora import has_adapters, training_parameters
 from workers.backends.torch_backend import adamw
 

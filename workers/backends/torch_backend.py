@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhub.config import LearnerConfig, OptimizerConfig
+from rlhub.config.schema import LearnerConfig, OptimizerConfig
 from rlhub.networks.lora import has_adapters, training_state
 from rlhub.optimizer import learning_rate_factor
 

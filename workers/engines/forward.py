@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.networks.cache import CacheView
 from rlhub.samplers import check_attention
 from rlhub.types import Layout

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhub import device_noise
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.errors import DataError
 from rlhub.noise import Noise, Stream
 from rlhub.parts import load_part, part_config

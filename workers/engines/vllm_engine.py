@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhub.config import SamplerConfig
+from rlhub.config.schema import SamplerConfig
 from rlhub.errors import UserError
 from rlhub.noise import Noise
 from rlhub.types import Request, Rollout

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhub.config import SyncConfig
+from rlhub.config.schema import SyncConfig
 from rlhub.errors import WorkerLost
 from workers.runtime import Handle, Runtime
 from workers.sync import bucket_plan, to_bytes

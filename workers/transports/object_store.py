@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlhub.config import SyncConfig
+from rlhub.config.schema import SyncConfig
 from workers.runtime import Handle, Runtime
 
 

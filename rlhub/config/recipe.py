@@ -1,4 +1,4 @@
-"""Reading recipes: YAML files, `extends` and overrides, merged into the typed schema of `rlhub.config`.
+"""Reading recipes: YAML files, `extends` and overrides, merged into the typed schema of `rlhub.config.schema`.
 
 A recipe is YAML. `extends` names files that are merged first (later files win), `key=value` on the command line wins over all of
 them, and a key or type that the schema does not know is an error that names the file, the line and the nearest key.
@@ -21,8 +21,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhub.checks import PARTS, check_recipe
-from rlhub.config import Recipe
+from rlhub.config.checks import PARTS, check_recipe
+from rlhub.config.schema import Recipe
 from rlhub.errors import RecipeError
 from rlhub.parts import KeyedError, assign, did_you_mean, flatten, one_line, part_config, show
 

@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from rlhub.config import Part, Recipe, SamplerConfig
+from rlhub.config.schema import Part, Recipe, SamplerConfig
 from rlhub.errors import RecipeError
 from rlhub.parts import KeyedError, did_you_mean, load_part, one_line, part_config, part_names, show
 

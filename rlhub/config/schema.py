@@ -1,4 +1,4 @@
-"""The recipe's schema: typed sections, one home for every default. `rlhub.recipe` reads it from YAML, `rlhub.checks` says what fits."""
+"""The recipe's schema: typed sections, one home for every default. `rlhub.config.recipe` reads it from YAML, `rlhub.config.checks` says what fits."""
 
 from __future__ import annotations
 
