@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhub.algorithm.scoring import token_log_probs
 from rlhub.checkpoints.sealed import resolve_model_path
 from rlhub.checkpoints.tokenizers import encode_prompts, load_tokenizer
 from rlhub.checkpoints.weights import load_network
@@ -26,7 +27,6 @@ from rlhub.networks.layout import pack_layout, to_device
 from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.progress import RunProgress
-from rlhub.scoring import token_log_probs
 from rlhub.types import Batch, Credit, Request, Rollout
 from rlhub.views._rows import fit_blocks
 

@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from rlhub.batching import make_batch
-from rlhub.health import rollout_metrics, staleness_metrics
+from rlhub.algorithm.batching import make_batch
+from rlhub.algorithm.health import rollout_metrics, staleness_metrics
 from rlhub.packing import pack_documents
 from rlhub.pairs import PairOrder, pair_order
 from rlhub.pairs.reference import open_reference

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhub.batching import micro_batches
+from rlhub.algorithm.batching import micro_batches
+from rlhub.algorithm.schedule import learning_rate_factor
+from rlhub.algorithm.scoring import micro_batch_log_probs
 from rlhub.config.schema import OptimizerConfig, SamplerConfig
 from rlhub.labs import Tick
 from rlhub.models import llada
 from rlhub.networks.layout import pack_layout
 from rlhub.noise import Noise, sample_uid
-from rlhub.optimizer import learning_rate_factor
-from rlhub.scoring import micro_batch_log_probs
 from rlhub.types import Batch, Layout, Request, Rollout
 
 SFT = OptimizerConfig(learning_rate=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=50, schedule="cosine", final_fraction=0.05)

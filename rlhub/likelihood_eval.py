@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhub.algorithm.scoring import token_log_probs
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.errors import DataError, UserError
 from rlhub.likelihoods import sequence_draws
@@ -34,7 +35,6 @@ from rlhub.noise import Noise, sample_uid
 from rlhub.parts import load_part
 from rlhub.pipeline import EVAL
 from rlhub.progress import RunProgress
-from rlhub.scoring import token_log_probs
 from rlhub.tasks import load_task
 from rlhub.types import Batch, Credit, Example
 from rlhub.views import all_masks, chain, model_blocks

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from rewards import Item
+from rlhub.algorithm.health import staleness
 from rlhub.checkpoints.tokenizers import decode, encode_prompts
 from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.errors import DataError, SyncError, WorkerHung, WorkerLost
-from rlhub.health import staleness
 from rlhub.noise import Noise, sample_uid
 from rlhub.tasks import Task
 from rlhub.types import NEVER, Batch, Example, Request, RewardResult, Rollout

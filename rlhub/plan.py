@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerFast
 
-    from rlhub.algorithm import Algorithm
+    from rlhub.algorithm.compose import Algorithm
 
 PROMPTS_READ = 64  # training prompts that the token counts are taken from
 CHARACTERS_PER_TOKEN = 4  # of English text, where no tokenizer is at hand
@@ -120,7 +120,7 @@ def make_plan(recipe: Recipe) -> Plan:
         RecipeError: the model, its tokenizer and the task do not fit each other.
         DataError: the task's data cannot be read.
     """
-    from rlhub.algorithm import Algorithm
+    from rlhub.algorithm.compose import Algorithm
 
     algorithm = Algorithm.compose(recipe.algorithm)
     absent = _absent_data(recipe)

@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from rewards.answers.text import plain
-from rlhub.algorithm import Algorithm
+from rlhub.algorithm.compose import Algorithm
+from rlhub.algorithm.health import staleness
+from rlhub.algorithm.replay import TOLERANCE, choose_rollouts, gap_warning
 from rlhub.checkpoints.sealed import checkpoint_name, read_manifest, remove_old_checkpoints, sealed_checkpoints, write_manifest
 from rlhub.config.schema import AlgorithmConfig, OptimizerConfig, Recipe
 from rlhub.errors import UserError
 from rlhub.evals import evaluate
-from rlhub.health import staleness
 from rlhub.metrics import SpanClock, busy_union, idle_share
 from rlhub.noise import Noise
 from rlhub.packing import evaluate_documents
 from rlhub.pairs import PairData, evaluate_pairs
 from rlhub.pipeline import Issued
 from rlhub.progress import RunProgress
-from rlhub.replay import TOLERANCE, choose_rollouts, gap_warning
 from rlhub.rollout_log import dump_rollouts, rollout_path, token_namer, token_strings
 from rlhub.tasks import Task
 from rlhub.trackers import Trackers

@@ -20,18 +20,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhub.algorithm import Algorithm, LogProbs
-from rlhub.batching import MicroBatch, micro_batches, shard_rows
+from rlhub.algorithm.batching import MicroBatch, micro_batches, shard_rows
+from rlhub.algorithm.compose import Algorithm, LogProbs
+from rlhub.algorithm.health import health_metrics
+from rlhub.algorithm.replay import choose_states, gap_metrics, recorded, replay_views, replayed_log_probs
+from rlhub.algorithm.routing import auxiliary_loss, freeze_routers, masked_share, once, router_metrics, router_sums
+from rlhub.algorithm.scoring import micro_batch_log_probs
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig, RouterConfig
 from rlhub.errors import RecipeError
-from rlhub.health import health_metrics
 from rlhub.networks.experts import Routing, record_routing, routers
 from rlhub.networks.lora import adapters_off, has_adapters, training_state
 from rlhub.noise import Noise
-from rlhub.replay import choose_states, gap_metrics, recorded, replay_views, replayed_log_probs
-from rlhub.routing import auxiliary_loss, freeze_routers, masked_share, once, router_metrics, router_sums
-from rlhub.scoring import micro_batch_log_probs
 from rlhub.types import Batch, LogLikelihood, Receipt, Rollout, Views
 from rlhub.views._rows import fit_blocks
 from workers.sync import buckets_of, receipt_of
@@ -171,7 +171,7 @@ class Learner(GroupMember):
 
     @torch.no_grad()
     def replay_check(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        """How far the log-probs that rollouts recorded are from those of the weights held now; see `rlhub.replay`.
+        """How far the log-probs that rollouts recorded are from those of the weights held now; see `rlhub.algorithm.replay`.
 
         Every rank computes all of them: there may be fewer rollouts than learners.
         """

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhub.algorithm import Algorithm
+from rlhub.algorithm.compose import Algorithm
+from rlhub.algorithm.scoring import token_log_probs
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config.schema import AlgorithmConfig
 from rlhub.networks.lora import training_state
 from rlhub.noise import Noise
-from rlhub.scoring import token_log_probs
 from rlhub.types import Batch, LogLikelihood, Receipt, Views
 from rlhub.views._rows import fit_blocks
 from workers.sync import load_buckets, receipt_of

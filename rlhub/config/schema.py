@@ -19,7 +19,9 @@ class RunConfig:
     checkpoint_every: int = 10
     keep_checkpoints: int = 2  # newest ones kept beside the last of each phase
     rollouts_every: int = 10  # steps between dumps of generated samples
-    replay_check: int = 1  # rollouts of a step whose recorded log-probs the learner recomputes before it trains (rlhub.replay); 0: off
+    replay_check: int = (
+        1  # rollouts of a step whose recorded log-probs the learner recomputes before it trains (rlhub.algorithm.replay); 0: off
+    )
     resume: bool = True  # continue when the run folder exists
     deterministic: bool = True  # fixed threads, batches in uid order
     trackers: list[str] = field(default_factory=list)  # beside metrics.jsonl: tensorboard
@@ -29,7 +31,7 @@ class RunConfig:
 
 @dataclass
 class RouterConfig:
-    """Training of a mixture of experts (`rlhub.routing`); dense models have no routers and ignore it."""
+    """Training of a mixture of experts (`rlhub.algorithm.routing`); dense models have no routers and ignore it."""
 
     load_balance: float = 0.01  # weight of the load-balance term in the loss of every algorithm; 0: off
     z: float = 0.001  # weight of the z term

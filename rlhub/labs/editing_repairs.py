@@ -23,7 +23,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from rlhub.batching import micro_batches
+from rlhub.algorithm.batching import micro_batches
+from rlhub.algorithm.scoring import micro_batch_log_probs
 from rlhub.config.schema import SamplerConfig
 from rlhub.lab_training import SFT, batch_of, counted, sample, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
@@ -31,7 +32,6 @@ from rlhub.models import llada2
 from rlhub.noise import Noise
 from rlhub.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
-from rlhub.scoring import micro_batch_log_probs
 from rlhub.types import Request, Rollout, Views
 from rlhub.views._rows import Row, build_views, fit_blocks
 

@@ -25,12 +25,12 @@ from scipy.integrate import quad
 from scipy.special import beta
 from torch import nn
 
+from rlhub.algorithm.scoring import token_log_probs
 from rlhub.labs import Arm, Check, Tick, Verdict, run_arms
 from rlhub.likelihoods import sequence_draws
 from rlhub.noise import Noise
 from rlhub.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
-from rlhub.scoring import token_log_probs
 from rlhub.types import Batch, Views
 from rlhub.variance.estimates import Exact
 from rlhub.variance.laboratory import small_problem

@@ -6,7 +6,7 @@ tokens without the mask; here the mask's logit is a constant that gives it proba
 0.02 in their training, is left out.
 
 The concrete score of absorbing diffusion is an analytic function of time times p(token | visible tokens) (Theorem 1), which is why the
-network needs no time; `rlhub.absorbing` has the losses that follow.
+network needs no time; `rlhub.oracle.absorbing` has the losses that follow.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ A module here has a frozen dataclass `Config` and
 It sees the whole global batch in uid order in float64, so it may couple a group or the batch. Means run over the valid samples
 (`credit.valid`), whether or not their advantage is zero. An optional module constant `NEEDS = ("proximal", ...)` names the scores
 other than `policy` that must be present; `ADVANTAGES = False` says that it learns from pairs, labels or the samples themselves. All others
-must scale with each sample's advantage, since stale samples are weighed by it (`rlhub.off_policy`).
+must scale with each sample's advantage, since stale samples are weighed by it (`rlhub.algorithm.off_policy`).
 """
 
 from __future__ import annotations

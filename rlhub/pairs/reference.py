@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhub.algorithm import Algorithm
+from rlhub.algorithm.compose import Algorithm
 from rlhub.config.schema import Recipe
 from rlhub.pairs import PairOrder, Pairs
 from rlhub.pairs.reference_cache import ReferenceCache, cache_key, concatenated, weights_hash

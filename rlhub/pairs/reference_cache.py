@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhub.algorithm import Algorithm
+from rlhub.algorithm.compose import Algorithm
 from rlhub.checkpoints.folders import base_folder, is_adapter_folder
 from rlhub.errors import CheckpointError
 from rlhub.metrics import replace_text

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhub.batching import micro_batches
+from rlhub.algorithm.batching import micro_batches
+from rlhub.algorithm.scoring import micro_batch_log_probs, token_log_probs
 from rlhub.errors import UserError
 from rlhub.likelihoods import sequence_draws
 from rlhub.noise import Noise
 from rlhub.parts import load_part
-from rlhub.scoring import micro_batch_log_probs, token_log_probs
 from rlhub.types import Batch, Views
 from rlhub.variance.estimates import (
     Exact,

@@ -12,8 +12,8 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from rlhub.algorithm import Algorithm
-from rlhub.batching import make_batch
+from rlhub.algorithm.batching import make_batch
+from rlhub.algorithm.compose import Algorithm
 from rlhub.checkpoints.adapters import write_fresh_adapter
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config.schema import AlgorithmConfig, KLConfig, LearnerConfig, OptimizerConfig, RouterConfig

@@ -23,7 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import rlhub
-from rlhub.batching import make_batch
+from rlhub.algorithm.batching import make_batch
 from rlhub.checkpoints.export import export
 from rlhub.checkpoints.sealed import load_network, save_network
 from rlhub.config.schema import LearnerConfig, OptimizerConfig, Recipe

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from rlhub.advantages import group_mean, leave_one_out
-from rlhub.algorithm import Algorithm, LogProbs
+from rlhub.algorithm.compose import Algorithm, LogProbs
+from rlhub.algorithm.kl import mean_penalty, penalty
+from rlhub.algorithm.scoring import token_log_probs
 from rlhub.config.schema import AlgorithmConfig, KLConfig
-from rlhub.kl import mean_penalty, penalty
 from rlhub.likelihoods import by_sign, elbo, eubo, exact, mean_field, trajectory
 from rlhub.noise import Noise
 from rlhub.objectives import clipped_surrogate, sequence_clip
 from rlhub.oracle import elbo_exact
-from rlhub.scoring import token_log_probs
 from rlhub.types import NEVER, Batch, Credit, LogLikelihood, Scores
 from rlhub.views import block_random, complement_plus_full, coupled, full_mask, mask_count, prefix, quadrature, time_form
 from rlhub.views import elbo as l_form

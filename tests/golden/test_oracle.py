@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhub import oracle
-from rlhub.algorithm import Algorithm, LogProbs
-from rlhub.batching import MicroBatch, make_batch, micro_batches
+from rlhub.algorithm.batching import MicroBatch, make_batch, micro_batches
+from rlhub.algorithm.compose import Algorithm, LogProbs
+from rlhub.algorithm.scoring import micro_batch_log_probs, token_log_probs
 from rlhub.config.schema import AlgorithmConfig, KLConfig, SamplerConfig
 from rlhub.models.llada import Config, LLaDA
 from rlhub.networks.layout import pack_layout
 from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
-from rlhub.scoring import micro_batch_log_probs, token_log_probs
 from rlhub.types import Request, RewardResult, Rollout
 from workers.engines.torch_engine import Engine
 

@@ -11,14 +11,14 @@ import torch
 
 import rlhub
 from rlhub import api
-from rlhub.absorbing import any_order, lambda_dce, log_linear, t_dce, t_dse
+from rlhub.algorithm.scoring import token_log_probs
 from rlhub.api import Model
 from rlhub.errors import UserError
 from rlhub.likelihoods import exact
 from rlhub.models import radd
 from rlhub.networks.layout import pack_layout
 from rlhub.noise import Noise
-from rlhub.scoring import token_log_probs
+from rlhub.oracle.absorbing import any_order, lambda_dce, log_linear, t_dce, t_dse
 from rlhub.types import Credit
 from rlhub.views import chain as chain_views
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from rlhub.algorithm import Algorithm, LogProbs
-from rlhub.batching import MicroBatch, micro_batches, shard_rows
+from rlhub.algorithm.batching import MicroBatch, micro_batches, shard_rows
+from rlhub.algorithm.compose import Algorithm, LogProbs
+from rlhub.algorithm.scoring import token_log_probs
 from rlhub.config.recipe import load_recipe
 from rlhub.networks.layout import slice_layout
 from rlhub.noise import Noise
-from rlhub.scoring import token_log_probs
 from rlhub.types import NEVER, Batch
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "algorithms"
@@ -101,7 +101,7 @@ def make_batch(algorithm: Algorithm) -> Batch:
 
 
 def log_probs(model, views, run=None):
-    """[m] log-probs in fp64 with gradient, of one micro-batch or of all rows; `rlhub.scoring` does the same in fp32."""
+    """[m] log-probs in fp64 with gradient, of one micro-batch or of all rows; `rlhub.algorithm.scoring` does the same in fp32."""
     run = run or MicroBatch(0, views.num_rows, 0, len(views.score_row))
     begin, end = int(views.layout.row_offsets[run.first_row]), int(views.layout.row_offsets[run.last_row])
     hidden = model.denoise(views.tokens[begin:end], slice_layout(views.layout, run.first_row, run.last_row))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhub.advantages import group_mean, leave_one_out
-from rlhub.batching import make_batch, micro_batches, shard_rows
+from rlhub.algorithm.batching import make_batch, micro_batches, shard_rows
 from rlhub.networks.layout import pack_layout, slice_layout
 from rlhub.types import Batch, RewardResult, Rollout, Views
 from rlhub.views._rows import Row, build_views

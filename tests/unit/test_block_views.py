@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhub.algorithm.scoring import token_log_probs
 from rlhub.config.recipe import load_recipe
 from rlhub.likelihoods import sequence_draws
 from rlhub.models import sdar
@@ -18,7 +19,6 @@ from rlhub.models.llada import Config, LLaDA
 from rlhub.networks.layout import pack_layout
 from rlhub.noise import Noise
 from rlhub.plan import make_plan
-from rlhub.scoring import token_log_probs
 from rlhub.types import NEVER, Batch, Credit
 from rlhub.views import all_masks, coupled, elbo, model_blocks, prefix, supervised, trajectory
 from rlhub.views._rows import Row, build_views, fit_blocks

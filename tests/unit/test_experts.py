@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rlhub.algorithm.routing import LEVELS, auxiliary_loss, freeze_routers, masked_share, router_metrics, router_sums
 from rlhub.config.schema import RouterConfig
 from rlhub.networks.experts import Router, Rule, SparseMLP, choose_experts, expert_scores, expert_weights, mix_experts, record_routing
-from rlhub.routing import LEVELS, auxiliary_loss, freeze_routers, masked_share, router_metrics, router_sums
 
 SOFTMAX = Rule(num_experts=8, top_k=3)
 GROUPED = Rule(num_experts=8, top_k=3, score="sigmoid", num_groups=4, kept_groups=2, normalize=True, scale=2.5)

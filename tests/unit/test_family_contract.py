@@ -14,7 +14,7 @@ import torch
 
 import rlhub
 import rlhub.models
-from rlhub.batching import make_batch
+from rlhub.algorithm.batching import make_batch
 from rlhub.checkpoints.adapters import write_fresh_adapter
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from rlhub.algorithm import Algorithm
+from rlhub.algorithm.compose import Algorithm
+from rlhub.algorithm.health import health_metrics, rollout_metrics
 from rlhub.config.schema import AlgorithmConfig
-from rlhub.health import health_metrics, rollout_metrics
 from rlhub.types import NEVER, Batch, Credit, LogLikelihood, RewardResult, Rollout, Scores
 
 LENGTH = torch.tensor([4, 4, 4, 4])

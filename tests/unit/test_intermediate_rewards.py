@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rlhub.algorithm import Algorithm
-from rlhub.batching import make_batch
+from rlhub.algorithm.batching import make_batch
+from rlhub.algorithm.compose import Algorithm
 from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import Recipe
 from rlhub.errors import RecipeError

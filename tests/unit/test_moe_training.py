@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from rlhub.batching import make_batch, micro_batches
+from rlhub.algorithm.batching import make_batch, micro_batches
+from rlhub.algorithm.scoring import micro_batch_log_probs
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig, RouterConfig, SamplerConfig
 from rlhub.errors import RecipeError
 from rlhub.models import llada2, llada_moe
 from rlhub.networks.experts import record_routing, routers
 from rlhub.noise import Noise
-from rlhub.scoring import micro_batch_log_probs
 from rlhub.types import Request, RewardResult, Rollout
 from workers.engines.torch_engine import Engine
 from workers.learner import Learner

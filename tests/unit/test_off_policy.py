@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhub.algorithm import Algorithm, LogProbs
+from rlhub.algorithm.compose import Algorithm, LogProbs
+from rlhub.algorithm.off_policy import correction_metrics, correction_weights, weighted_credit
 from rlhub.config.schema import AlgorithmConfig
 from rlhub.noise import Noise
-from rlhub.off_policy import correction_metrics, correction_weights, weighted_credit
 from rlhub.parts import part_names
 from rlhub.types import Batch, Credit, LogLikelihood, Scores
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhub.algorithm.scoring import token_log_probs
 from rlhub.config.recipe import load_recipe
 from rlhub.errors import DataError
 from rlhub.metrics import read_metrics
@@ -20,7 +21,6 @@ from rlhub.packing import PackedDocuments, document_batch, pack_documents
 from rlhub.pipeline import SFT
 from rlhub.plan import format_plan, make_plan
 from rlhub.run import train
-from rlhub.scoring import token_log_probs
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.views._rows import Row, build_views
 

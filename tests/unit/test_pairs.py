@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import load_file
 
-from rlhub.algorithm import Algorithm, LogProbs
-from rlhub.batching import micro_batches
+from rlhub.algorithm.batching import micro_batches
+from rlhub.algorithm.compose import Algorithm, LogProbs
+from rlhub.algorithm.scoring import micro_batch_log_probs, token_log_probs
 from rlhub.checkpoints.sealed import load_network
 from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import Recipe
@@ -27,7 +28,6 @@ from rlhub.noise import Noise
 from rlhub.pairs import Pairs
 from rlhub.pairs.sampling import best_and_worst, sample_pairs
 from rlhub.run import train
-from rlhub.scoring import micro_batch_log_probs, token_log_probs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 HH = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "hh-rlhf" / "harmless-base.test.jsonl.gz"

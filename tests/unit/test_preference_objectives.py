@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhub.algorithm import Algorithm, LogProbs
+from rlhub.algorithm.compose import Algorithm, LogProbs
 from rlhub.config.schema import AlgorithmConfig
 from rlhub.errors import RecipeError
 from rlhub.types import Batch, Credit

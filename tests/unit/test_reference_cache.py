@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhub.algorithm import Algorithm
+from rlhub.algorithm.compose import Algorithm
 from rlhub.config.schema import AlgorithmConfig
 from rlhub.errors import CheckpointError
 from rlhub.noise import Noise

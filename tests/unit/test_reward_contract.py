@@ -18,9 +18,9 @@ from rich.console import Console
 
 from rewards import Grader, WrongCount, load_grader
 from rewards._grader import from_json, to_json
+from rlhub.algorithm.health import rollout_metrics
 from rlhub.config.schema import Recipe
 from rlhub.evals import evaluate
-from rlhub.health import rollout_metrics
 from rlhub.metrics import read_metrics
 from rlhub.pipeline import Issued, grade
 from rlhub.rollout_log import dump_rollouts, read_rollouts

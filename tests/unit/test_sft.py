@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhub.algorithm import Algorithm, LogProbs
+from rlhub.algorithm.compose import Algorithm, LogProbs
 from rlhub.checkpoints.weights import save_network
 from rlhub.config.schema import AlgorithmConfig, SFTConfig
 from rlhub.errors import DataError, RecipeError

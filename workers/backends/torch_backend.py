@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlhub.algorithm.schedule import learning_rate_factor
 from rlhub.config.schema import LearnerConfig, OptimizerConfig
 from rlhub.networks.lora import has_adapters, training_state
-from rlhub.optimizer import learning_rate_factor
 
 
 class Backend:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhub.batching import MicroBatch
+from rlhub.algorithm.batching import MicroBatch
 from rlhub.networks.layout import slice_layout, to_device
 from rlhub.noise import Noise
 from rlhub.types import NEVER, Batch, Rollout, Views

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhub.batching import MicroBatch, micro_batches
+from rlhub.algorithm.batching import MicroBatch, micro_batches
 from rlhub.networks.layout import slice_layout, to_device
 from rlhub.types import Views
 

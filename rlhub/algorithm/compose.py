@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhub.algorithm.kl import mean_penalty
+from rlhub.algorithm.off_policy import correction_metrics, correction_weights, weighted_credit
 from rlhub.config.schema import AlgorithmConfig
-from rlhub.kl import mean_penalty
 from rlhub.noise import Noise
-from rlhub.off_policy import correction_metrics, correction_weights, weighted_credit
 from rlhub.parts import load_part, part_config
 from rlhub.types import Batch, Credit, LogLikelihood, Scores, Views
 
