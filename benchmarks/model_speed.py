@@ -36,11 +36,11 @@ def measure(shape: str, device: str, rows: int, length: int, steps: int, rank: i
     from rlhub.checkpoints.adapters import write_fresh_adapter
     from rlhub.checkpoints.weights import load_network, save_network
     from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig, SamplerConfig
+    from rlhub.engines.torch_engine import Engine
     from rlhub.models.llada import Config, build
     from rlhub.networks.layout import pack_layout, to_device
     from rlhub.noise import Noise
     from rlhub.types import Batch, Request
-    from workers.engines.torch_engine import Engine
     from workers.learner import Learner
 
     dtype = "bfloat16" if device == "cuda" else "float32"

@@ -32,11 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhub.algorithm.pairs import Pairs
 from rlhub.config.schema import AlgorithmConfig
 from rlhub.models.llada import Config, LLaDA
 from rlhub.networks.layers import rotary_tables, rotate
 from rlhub.noise import Noise
-from rlhub.pairs import Pairs
 from rlhub.types import Batch, Views
 from workers.backends import torch_backend
 

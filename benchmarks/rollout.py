@@ -4,7 +4,7 @@
 
 The other side, `published_generate`, is a plain implementation of the published procedure at its published cost: every step runs all layers
 and the head over all positions, draws float64 noise over [B, L, V] at temperature above 0, takes the softmax over all of it and one top-k a
-row. Ours is `workers.engines.torch_engine` as a run uses it, with keyed noise on. Both sides run in this process on one thread in fp32,
+row. Ours is `rlhub.engines.torch_engine` as a run uses it, with keyed noise on. Both sides run in this process on one thread in fp32,
 alternating; times are process-CPU seconds and ratios the median over the repeats.
 
     temperature_0, temperature_1   the whole canvas on both sides
@@ -42,13 +42,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhub.config.schema import SamplerConfig
+from rlhub.engines.agreement import agreement
+from rlhub.engines.torch_engine import Engine
 from rlhub.models import llada, sdar
 from rlhub.networks.layers import rotary_tables, rotate
 from rlhub.networks.layout import pack_layout
 from rlhub.noise import Noise
 from rlhub.types import Request, Rollout
-from workers.engines.agreement import agreement
-from workers.engines.torch_engine import Engine
 
 AT_LEAST = {
     "temperature_0": 1.6,

@@ -133,7 +133,7 @@ def generate(
 
 def generate_with(model: Model, prompts: Sequence[Prompt], settings: SamplerConfig, seed: int = 0, progress: bool = False) -> list[Rollout]:
     """As `generate`, with every setting of a recipe's sampler."""
-    from workers.engines.torch_engine import Engine
+    from rlhub.engines.torch_engine import Engine
 
     if isinstance(prompts, str):
         raise UserError("prompts is one text; give a list of prompts")

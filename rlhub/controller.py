@@ -21,8 +21,8 @@ from functools import partial
 
 from rlhub.algorithm.batching import make_batch
 from rlhub.algorithm.health import rollout_metrics, staleness_metrics
+from rlhub.algorithm.pairs import PairOrder, pair_order
 from rlhub.packing import pack_documents
-from rlhub.pairs import PairOrder, pair_order
 from rlhub.pairs.reference import open_reference
 from rlhub.pipeline import ONLINE, Issued, RolloutQueue, demonstration_batch, grade, grade_states, issue, shuffle_grades
 from rlhub.run_state import Session

@@ -105,7 +105,7 @@ def counted(tick: Tick, every: int) -> Callable[[int], None]:
 
 def sample(network: nn.Module, prompts: Sequence[np.ndarray], settings: SamplerConfig, seed: int) -> list[Rollout]:
     """One rollout per prompt from the engine."""
-    from workers.engines.torch_engine import Engine
+    from rlhub.engines.torch_engine import Engine
 
     requests = [Request(row, row, np.asarray(prompt, dtype=np.int32)) for row, prompt in enumerate(prompts)]
     return Engine(network.eval()).generate(requests, settings, Noise(seed))

@@ -17,9 +17,9 @@ from rich.text import Text
 
 from rlhub.config.recipe import dump_recipe
 from rlhub.config.schema import ModelConfig, Recipe, SamplerConfig
+from rlhub.engines.vllm_plugin import check_model
 from rlhub.errors import RecipeError
 from rlhub.memory import Memory, serving_memory, training_memory
-from rlhub.vllm_plugin import check_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -243,7 +243,7 @@ def _read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None) -> 
 
 def _absent_data(recipe: Recipe) -> str | None:
     """The file or folder with the preference data or the documents when it does not exist yet."""
-    from rlhub.pairs import source_config
+    from rlhub.algorithm.pairs import source_config
     from rlhub.tasks.documents import TEXT
     from rlhub.tasks.jsonl import JSON_LINES, PARQUET
 
@@ -259,8 +259,7 @@ def _absent_data(recipe: Recipe) -> str | None:
 
 def _pairs(recipe: Recipe, algorithm: Algorithm, tokenizer: Any, context: int, absent: str | None) -> PairsPlan:
     """Epochs, noise plans and what the reference costs, from the data where it is there."""
-    from rlhub.pairs import encode, pair_order, source_config
-    from rlhub.pairs.reference import cache_folder
+    from rlhub.algorithm.pairs import cache_folder, encode, pair_order, source_config
     from rlhub.tasks.preferences import load_preferences
 
     source, limit = source_config(recipe), min(recipe.pairs.max_tokens or context, context)
@@ -422,7 +421,7 @@ def _sampler_notes(recipe: Recipe) -> list[str]:
         return []
     return [
         f"sampler.cache {cache} is approximate: rollouts come from another policy than the one that is trained, and objectives that need "
-        "its exact log-probs are biased; workers.engines.agreement measures by how much"
+        "its exact log-probs are biased; rlhub.engines.agreement measures by how much"
     ]
 
 

@@ -32,7 +32,7 @@ class Generator(GroupMember):
 
     Args:
         model_path: model folder; restarting rebuilds from it, after which the current weights must be received again.
-        engine: torch or vllm, a module of `workers.engines`.
+        engine: torch or vllm, a module of `rlhub.engines`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Generator(GroupMember):
         self.noise = Noise(run_seed)
         self.network = load_network(Path(model_path), getattr(torch, dtype), device, merge_adapter=False)
         self.network.attention = attention
-        self.engine = importlib.import_module(f"workers.engines.{engine}_engine").Engine(self.network, device, max_rows)
+        self.engine = importlib.import_module(f"rlhub.engines.{engine}_engine").Engine(self.network, device, max_rows)
         self.version: int | None = -1  # None while the weights are of two versions
         self.gate = StepGate()
 

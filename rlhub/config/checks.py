@@ -74,7 +74,7 @@ def check_devices(recipe: Recipe) -> None:
         RecipeError: something is missing.
     """
     if recipe.roles.engine == "vllm" and "RAY_ADDRESS" not in os.environ:
-        from rlhub.vllm_plugin import check_vllm
+        from rlhub.engines.vllm_plugin import check_vllm
 
         check_vllm()
     if recipe.model.path and not Path(recipe.model.path).is_dir():
@@ -241,7 +241,7 @@ def _check_sampler(recipe: Recipe) -> None:
 def _check_engine(recipe: Recipe) -> None:
     if recipe.roles.engine != "vllm":
         return
-    from rlhub.vllm_plugin import check_settings
+    from rlhub.engines.vllm_plugin import check_settings
 
     if recipe.run.runtime != "ray":
         raise KeyedError("vllm needs a process of its own, apart from the learner's; use run.runtime: ray", "roles.engine")

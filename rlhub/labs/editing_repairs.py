@@ -154,7 +154,7 @@ def sampler_settings(config: Config, name: str) -> SamplerConfig:
 
 def go_on(network: nn.Module, prompts: np.ndarray, canvases: np.ndarray, settings: SamplerConfig, seed: int) -> list[Rollout]:
     """Rollouts of the engine from answers that are filled already."""
-    from workers.engines.torch_engine import Engine, Rows
+    from rlhub.engines.torch_engine import Engine, Rows
 
     class Filled(Rows):
         def admit(self, slot: int, index: int) -> int:

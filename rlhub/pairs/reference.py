@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlhub.algorithm.compose import Algorithm
-from rlhub.config.schema import Recipe
-from rlhub.pairs import PairOrder, Pairs
+from rlhub.algorithm.pairs import PairOrder, Pairs, cache_folder
 from rlhub.pairs.reference_cache import ReferenceCache, cache_key, concatenated, weights_hash
 from rlhub.types import Batch, LogLikelihood
 
 FOLDER = "reference_cache"  # below run.output_dir
-
-
-def cache_folder(recipe: Recipe) -> Path | None:
-    """Where the estimates of a recipe's reference are kept; None when they are not.
-
-    Only a frozen reference that looks through noise which returns (`fresh_views: epoch` or `never`) has estimates to keep.
-    """
-    asked, algorithm = recipe.pairs.reference_cache, recipe.algorithm
-    if asked == "none" or algorithm.reference != "frozen" or algorithm.fresh_views not in ("epoch", "never"):
-        return None
-    return Path(recipe.run.output_dir) / FOLDER if asked == "auto" else Path(asked)
 
 
 @dataclass

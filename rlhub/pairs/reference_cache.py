@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 from rlhub.algorithm.compose import Algorithm
+from rlhub.algorithm.pairs import PairOrder, Pairs
 from rlhub.checkpoints.folders import base_folder, is_adapter_folder
 from rlhub.errors import CheckpointError
 from rlhub.metrics import replace_text
-from rlhub.pairs import PairOrder, Pairs
 from rlhub.types import Batch, LogLikelihood
 
 FORMAT = 1  # of shards, and of what makes a key; counts up with any change that changes estimates

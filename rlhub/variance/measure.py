@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from rlhub.algorithm.pairs import Pairs, encode
 from rlhub.checkpoints.folders import is_model_folder
 from rlhub.checkpoints.sealed import resolve_model_path, sealed_checkpoints
 from rlhub.checkpoints.tokenizers import load_tokenizer
 from rlhub.checkpoints.weights import load_network
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, UserError
-from rlhub.pairs import Pairs, encode, load_pairs
+from rlhub.pairs import load_pairs
 from rlhub.progress import RunProgress
 from rlhub.tasks.preferences import Config as PreferenceConfig
 from rlhub.tasks.preferences import load_preferences

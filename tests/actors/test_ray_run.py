@@ -27,6 +27,7 @@ from rlhub.algorithm.batching import make_batch
 from rlhub.checkpoints.export import export
 from rlhub.checkpoints.sealed import load_network, save_network
 from rlhub.config.schema import LearnerConfig, OptimizerConfig, Recipe
+from rlhub.engines.torch_engine import Engine
 from rlhub.errors import RecipeError, SyncError, UserError, WorkerLost
 from rlhub.evals import evaluate_checkpoint
 from rlhub.metrics import read_metrics, without_clocks
@@ -37,7 +38,6 @@ from rlhub.rollout_log import read_rollouts, rollout_path
 from rlhub.run import train
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.types import Batch, RewardResult
-from workers.engines.torch_engine import Engine
 from workers.learner import Learner
 from workers.placement import Crew, assemble, gather
 from workers.ray_runtime import RayHandle, RayRuntime

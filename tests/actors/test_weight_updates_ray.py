@@ -19,11 +19,11 @@ from announcing import PATIENCE, Announcing
 
 from rlhub.checkpoints.sealed import load_network, save_network
 from rlhub.config.schema import Recipe, SamplerConfig
+from rlhub.engines.torch_engine import Engine
 from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.tasks import task_tokenizer
 from rlhub.types import Request, Rollout
-from workers.engines.torch_engine import Engine
 from workers.generator import Generator
 from workers.placement import Crew, assemble
 from workers.ray_runtime import RayRuntime

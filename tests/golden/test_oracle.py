@@ -18,12 +18,12 @@ from rlhub.algorithm.batching import MicroBatch, make_batch, micro_batches
 from rlhub.algorithm.compose import Algorithm, LogProbs
 from rlhub.algorithm.scoring import micro_batch_log_probs, token_log_probs
 from rlhub.config.schema import AlgorithmConfig, KLConfig, SamplerConfig
+from rlhub.engines.torch_engine import Engine
 from rlhub.models.llada import Config, LLaDA
 from rlhub.networks.layout import pack_layout
 from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.types import Request, RewardResult, Rollout
-from workers.engines.torch_engine import Engine
 
 MASK, EOS, VOCAB, LENGTH = 0, 1, 14, 12
 NEAR_TIE = 1e-5  # nats; below it two exact fp32 implementations may decide differently

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from rlhub import oracle, samplers
 from rlhub.config.schema import SamplerConfig
+from rlhub.engines.torch_engine import Engine
 from rlhub.models import dream, llada, sdar
 from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.parts import load_part, part_config, part_names
 from rlhub.types import NEVER, Request, Rollout
-from workers.engines.torch_engine import Engine
 
 NAMES = part_names("samplers")
 ONE_BY_ONE = ("first_hitting", "fork")  # as many steps as tokens

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from rlhub import device_noise, oracle
+from rlhub import oracle
 from rlhub.config.schema import SamplerConfig
+from rlhub.engines import device_noise
+from rlhub.engines.row_stats import TokenNoise
+from rlhub.engines.torch_engine import Engine
 from rlhub.models import dream, llada, sdar
 from rlhub.noise import Noise
 from rlhub.types import Request
-from workers.engines.row_stats import TokenNoise
-from workers.engines.torch_engine import Engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

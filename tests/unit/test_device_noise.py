@@ -9,14 +9,13 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from rlhub import device_noise
 from rlhub.config.schema import SamplerConfig
+from rlhub.engines import device_noise, row_stats
+from rlhub.engines.row_stats import Law, TokenNoise, streamed_stats
+from rlhub.engines.torch_engine import Engine
 from rlhub.models import llada
 from rlhub.noise import Noise, Stream
 from rlhub.types import Request
-from workers.engines import row_stats
-from workers.engines.row_stats import Law, TokenNoise, streamed_stats
-from workers.engines.torch_engine import Engine
 
 NOISE = Noise(run_seed=6)
 BANNED = -1e30

@@ -15,15 +15,15 @@ from rlhub.api import Model
 from rlhub.config.checks import check_sampler
 from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import SamplerConfig
+from rlhub.engines import forward, row_stats
+from rlhub.engines.agreement import agreement
+from rlhub.engines.row_stats import Law, TokenNoise, streamed_stats
+from rlhub.engines.torch_engine import Engine
 from rlhub.errors import UserError
 from rlhub.models import dream, llada, sdar
 from rlhub.noise import Noise, from_lower_bounds
 from rlhub.plan import make_plan
 from rlhub.types import NEVER, Request
-from workers.engines import forward, row_stats
-from workers.engines.agreement import agreement
-from workers.engines.row_stats import Law, TokenNoise, streamed_stats
-from workers.engines.torch_engine import Engine
 
 NOISE = Noise(run_seed=4)
 VOCAB, MASK, EOS = 16, 0, 1

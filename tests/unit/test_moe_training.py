@@ -10,12 +10,12 @@ from rlhub.algorithm.batching import make_batch, micro_batches
 from rlhub.algorithm.scoring import micro_batch_log_probs
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig, RouterConfig, SamplerConfig
+from rlhub.engines.torch_engine import Engine
 from rlhub.errors import RecipeError
 from rlhub.models import llada2, llada_moe
 from rlhub.networks.experts import record_routing, routers
 from rlhub.noise import Noise
 from rlhub.types import Request, RewardResult, Rollout
-from workers.engines.torch_engine import Engine
 from workers.learner import Learner
 
 FAMILIES = {"llada_moe": llada_moe, "llada2": llada2}

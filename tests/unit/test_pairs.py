@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from rlhub.algorithm.batching import micro_batches
 from rlhub.algorithm.compose import Algorithm, LogProbs
+from rlhub.algorithm.pairs import Pairs
 from rlhub.algorithm.scoring import micro_batch_log_probs, token_log_probs
 from rlhub.checkpoints.sealed import load_network
 from rlhub.config.recipe import load_recipe
@@ -25,7 +26,6 @@ from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, RecipeError
 from rlhub.metrics import read_metrics, without_clocks
 from rlhub.noise import Noise
-from rlhub.pairs import Pairs
 from rlhub.pairs.sampling import best_and_worst, sample_pairs
 from rlhub.run import train
 

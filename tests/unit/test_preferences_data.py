@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhub.algorithm.pairs import PairOrder, encode
 from rlhub.errors import DataError
 from rlhub.noise import Noise
-from rlhub.pairs import PairOrder, encode
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.tasks._vocabulary import byte_level
 from rlhub.tasks.preferences import Config, load_preferences, parse

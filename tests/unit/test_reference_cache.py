@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from rlhub.algorithm.compose import Algorithm
+from rlhub.algorithm.pairs import PairOrder, Pairs
 from rlhub.config.schema import AlgorithmConfig
 from rlhub.errors import CheckpointError
 from rlhub.noise import Noise
-from rlhub.pairs import PairOrder, Pairs, reference_cache
+from rlhub.pairs import reference_cache
 from rlhub.pairs.reference_cache import ReferenceCache, cache_key, weights_hash
 from rlhub.types import Batch, LogLikelihood
 

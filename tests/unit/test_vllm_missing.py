@@ -11,10 +11,10 @@ import pytest
 from rewards import process_reward, reward_model
 from rlhub.config.checks import check_devices
 from rlhub.config.recipe import load_recipe
+from rlhub.engines.vllm_plugin import check_model, check_vllm
 from rlhub.errors import RecipeError, UserError
 from rlhub.models import llada
 from rlhub.plan import make_plan
-from rlhub.vllm_plugin import check_model, check_vllm
 
 SORT = Path(__file__).parents[2] / "recipes" / "sort.yaml"
 VLLM = ["roles.engine=vllm", "run.runtime=ray"]

@@ -20,12 +20,12 @@ from announcing import PATIENCE, Announcing
 from rlhub import oracle
 from rlhub.checkpoints.sealed import save_network
 from rlhub.config.schema import SamplerConfig
+from rlhub.engines.forward import Forward
+from rlhub.engines.torch_engine import Engine
 from rlhub.errors import SyncError
 from rlhub.models import llada, sdar
 from rlhub.noise import Noise
 from rlhub.types import NEVER, Request, Rollout
-from workers.engines.forward import Forward
-from workers.engines.torch_engine import Engine
 from workers.generator import Generator, StaleWeights
 from workers.step_gate import StepGate
 from workers.sync import buckets_of, receipt_of

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from rlhub.checkpoints.sealed import save_network
 from rlhub.config.schema import SamplerConfig
+from rlhub.engines import torch_engine, vllm_engine
 from rlhub.errors import DataError, UserError
 from rlhub.models import dream, llada, llada2, llada_moe, sdar
 from rlhub.noise import Noise
 from rlhub.types import NEVER, Layout, Request, Rollout
-from workers.engines import torch_engine, vllm_engine
 from workers.generator import Generator, StaleWeights
 from workers.sync import buckets_of, receipt_of
 

@@ -25,7 +25,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.encoder_only import EncoderOnlyModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from rlhub.vllm_plugin.model import AttentionLayout, Driver
+from rlhub.engines.vllm_plugin.model import AttentionLayout, Driver
 
 SLOT = "rlhub_slot"  # key of a request's row in SamplingParams.extra_args
 

@@ -4,7 +4,7 @@
     state         canvases as vLLM schedules them: who attends to whom, and the sampler that hands hidden states to a run
     cpu_kernels   stand-ins for the Triton kernels of vLLM's model runner on machines without a GPU
 
-vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). `workers.engines.vllm_engine` drives it: the
+vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). `rlhub.engines.vllm_engine` drives it: the
 network is its own object, which vLLM's worker in the same process takes over with its weights, so that whatever updates the network
 updates the engine.
 """
@@ -59,6 +59,6 @@ def check_model(network: nn.Module) -> None:
 def register() -> None:
     """Make the model known to vLLM; may be called again."""
     check_vllm()
-    from rlhub.vllm_plugin import model
+    from rlhub.engines.vllm_plugin import model
 
     model.register()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhub import device_noise
+from rlhub.engines import device_noise
 from rlhub.noise import Stream, from_lower_bounds
 
 # Logits that exist at once; small vocabularies are done in one go. 2^22 are 131 rows of a vocabulary of 32,000. Each slice reads the
@@ -43,7 +43,7 @@ class TokenNoise:
     """The keyed noise of M positions.
 
     Args:
-        uid, step, position: int64 [M] each, on the scores' device; see `rlhub.device_noise.uniforms`.
+        uid, step, position: int64 [M] each, on the scores' device; see `rlhub.engines.device_noise.uniforms`.
     """
 
     def __init__(self, stream: Stream, uid: Tensor, step: Tensor, position: Tensor) -> None:

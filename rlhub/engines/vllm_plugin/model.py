@@ -25,10 +25,10 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 from vllm.v1.attention.backend import AttentionType
 
-from rlhub.vllm_plugin.cpu_kernels import install
+from rlhub.engines.vllm_plugin.cpu_kernels import install
 
 if TYPE_CHECKING:
-    from rlhub.vllm_plugin.state import Canvases
+    from rlhub.engines.vllm_plugin.state import Canvases
 
 ARCHITECTURE = "RLHubDenoiser"
 LOAD_FORMAT = "rlhub"
@@ -138,7 +138,7 @@ class Denoiser(nn.Module):
 
     @staticmethod
     def get_model_state_cls() -> type:
-        from rlhub.vllm_plugin.state import DenoisingState
+        from rlhub.engines.vllm_plugin.state import DenoisingState
 
         return DenoisingState
 

@@ -1,6 +1,6 @@
 """The rollout engine on vLLM: its scheduler, continuous batching and paged keys and values around the same sampler and noise.
 
-vLLM decides what runs in a step and computes attention (`rlhub.vllm_plugin`); from hidden states on, drawing, selection and records are
+vLLM decides what runs in a step and computes attention (`rlhub.engines.vllm_plugin`); from hidden states on, drawing, selection and records are
 those of `torch_engine`, so the same keys give the same rollouts up to rounding, whatever is batched, preempted or found in the prefix
 cache. The engine runs in the caller's process and computes with the caller's network: new weights there are new weights here.
 
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from rlhub.config.schema import SamplerConfig
+from rlhub.engines.forward import Slots
+from rlhub.engines.torch_engine import Rows, check_context
+from rlhub.engines.vllm_plugin import ENVIRONMENT, check_model, check_settings, check_vllm, register
 from rlhub.errors import UserError
 from rlhub.noise import Noise
 from rlhub.types import Request, Rollout
-from rlhub.vllm_plugin import ENVIRONMENT, check_model, check_settings, check_vllm, register
-from workers.engines.forward import Slots
-from workers.engines.torch_engine import Rows, check_context
 
 # Tokens of one step; a step holds whole canvases and prompts. Beyond this a GPU computes no faster, and memory for activations grows.
 TOKENS_AT_ONCE = {"cpu": 8192, "gpu": 1 << 15}
@@ -41,7 +41,7 @@ class Engine:
     Args:
         model: a family of the common decoder (`rlhub.networks.decoder`).
         max_rows: requests at work at once; the others wait.
-        layout: how tokens attend, see `rlhub.vllm_plugin.model.Driver`. None: as the family was trained; anything else is another law.
+        layout: how tokens attend, see `rlhub.engines.vllm_plugin.model.Driver`. None: as the family was trained; anything else is another law.
         block_length: of the layouts `block` and `response`; None: the family's. `sampler.block_length` must be the same.
         kv_bytes: memory for keys and values. When it runs out, requests are preempted and resumed later, with the same result.
 
@@ -66,7 +66,7 @@ class Engine:
         os.environ |= {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
         _check_model(model, self.layout, self.block_length, self.device.type == "cpu")
         register()
-        from rlhub.vllm_plugin.model import Driver
+        from rlhub.engines.vllm_plugin.model import Driver
 
         longest = model.max_length
         self.driver = Driver(model, self.layout, longest if self.layout == "full" else self.block_length)
@@ -79,7 +79,7 @@ class Engine:
     def _start(self, kv_bytes: int | None):
         from vllm import LLM
 
-        from rlhub.vllm_plugin.model import LOAD_FORMAT, handing_over, write_config
+        from rlhub.engines.vllm_plugin.model import LOAD_FORMAT, handing_over, write_config
 
         shape, on_cpu = self.model.shape, self.device.type == "cpu"
         longest = self.model.max_length + self.driver.width + 2  # vLLM wants room for a step more
@@ -194,7 +194,7 @@ class Run(Rows):
     """The requests of one call, a slot for each, advanced by vLLM's steps."""
 
     def __init__(self, engine: Engine, requests: Sequence[Request], settings: SamplerConfig, noise: Noise, version: int) -> None:
-        from rlhub.vllm_plugin.state import Canvases
+        from rlhub.engines.vllm_plugin.state import Canvases
 
         def forward(model: torch.nn.Module, slots: Slots, _: SamplerConfig) -> Lookup:
             return Lookup(model, slots, engine.layout, settings.block_length)
@@ -232,7 +232,7 @@ class Run(Rows):
         return self.results
 
     def advance_with(self, rows: Tensor, hidden: Tensor, starts: Tensor) -> tuple[list[bool], list[bool]]:
-        """See `rlhub.vllm_plugin.state.Advance`."""
+        """See `rlhub.engines.vllm_plugin.state.Advance`."""
         begin = torch.from_numpy(self.canvases.begin).to(rows.device)[rows]
         self.forward.states, self.forward.place[rows] = hidden, starts - begin
         blocks = self.slots.block[rows]
@@ -255,7 +255,7 @@ class Run(Rows):
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        from rlhub.vllm_plugin.state import SLOT
+        from rlhub.engines.vllm_plugin.state import SLOT
 
         canvases, begin, width = self.canvases, int(self.canvases.begin[slot]), int(self.canvases.width[slot])
         known = self.requests[slot].prompt_ids[:begin].tolist()

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhub import device_noise
 from rlhub.config.schema import SamplerConfig
+from rlhub.engines import device_noise
+from rlhub.engines.forward import Forward, Slots
+from rlhub.engines.row_stats import Law, TokenNoise, streamed_stats
 from rlhub.errors import DataError
 from rlhub.noise import Noise, Stream
 from rlhub.parts import load_part, part_config
 from rlhub.samplers import CanvasState, Commit, RowStats
 from rlhub.types import NEVER, Request, Rollout
-from workers.engines.forward import Forward, Slots
-from workers.engines.row_stats import Law, TokenNoise, streamed_stats
 
 
 class Engine:
@@ -91,7 +91,7 @@ class Rows:
     """The requests of one call on their way through the slots, which they occupy in turn.
 
     Args:
-        forward: makes what runs the model, from the model, the slots and the settings; see `workers.engines.forward`.
+        forward: makes what runs the model, from the model, the slots and the settings; see `rlhub.engines.forward`.
         num_slots: None is the engine's `max_rows`.
     """
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from rlhub.config.schema import SamplerConfig
+from rlhub.engines.forward import Forward
+from rlhub.engines.torch_engine import Engine, Rows, View
 from rlhub.noise import Noise
 from rlhub.types import Request
-from workers.engines.forward import Forward
-from workers.engines.torch_engine import Engine, Rows, View
 
 
 @dataclass(frozen=True)
