@@ -28,7 +28,7 @@ from rlhub.networks.rope import extend
 from rlhub.noise import Noise
 from rlhub.pairs import load_pairs, report_bad
 from rlhub.parts import load_part
-from rlhub.plan import format_plan, make_plan
+from rlhub.planning.plan import format_plan, make_plan
 from rlhub.progress import RunProgress, summary_panel
 from rlhub.reports.page import write_report
 from rlhub.run_state import Session, StopRequest, last_position

@@ -22,7 +22,7 @@ from rlhub.types import Batch
 
 def family_weight(model_path: Path) -> str:
     """The loss weight that the family of a model folder is trained with."""
-    from rlhub.plan import meta_network
+    from rlhub.planning.plan import meta_network
 
     return meta_network(ModelConfig(path=str(model_path))).profile.loss_weight
 

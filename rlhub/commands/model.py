@@ -29,7 +29,7 @@ def inspect(path: Path, learners: int, rank: int, as_json: bool) -> None:
       rlhub model inspect GSAI-ML/LLaDA-8B-Instruct --rank 64 --learners 1
       rlhub model inspect runs/sort --json
     """
-    from rlhub.model_report import inspect_model, report_view
+    from rlhub.planning.model_report import inspect_model, report_view
 
     report = inspect_model(path, learners, rank)
     if as_json:

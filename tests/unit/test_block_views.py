@@ -18,7 +18,7 @@ from rlhub.models import sdar
 from rlhub.models.llada import Config, LLaDA
 from rlhub.networks.layout import pack_layout
 from rlhub.noise import Noise
-from rlhub.plan import make_plan
+from rlhub.planning.plan import make_plan
 from rlhub.types import NEVER, Batch, Credit
 from rlhub.views import all_masks, coupled, elbo, model_blocks, prefix, supervised, trajectory
 from rlhub.views._rows import Row, build_views, fit_blocks

@@ -22,7 +22,7 @@ from rlhub.engines.torch_engine import Engine
 from rlhub.errors import UserError
 from rlhub.models import dream, llada, sdar
 from rlhub.noise import Noise, from_lower_bounds
-from rlhub.plan import make_plan
+from rlhub.planning.plan import make_plan
 from rlhub.types import NEVER, Request
 
 NOISE = Noise(run_seed=4)

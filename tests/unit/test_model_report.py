@@ -15,8 +15,8 @@ from rlhub.checkpoints.tokenizers import encode_prompts, load_tokenizer
 from rlhub.checkpoints.weights import save_network
 from rlhub.cli import main
 from rlhub.errors import CheckpointError
-from rlhub.model_report import inspect_model
 from rlhub.models.llada import Config, build
+from rlhub.planning.model_report import inspect_model
 from rlhub.tasks._vocabulary import word_level
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"

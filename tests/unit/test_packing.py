@@ -19,7 +19,7 @@ from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import Noise
 from rlhub.packing import PackedDocuments, document_batch, pack_documents
 from rlhub.pipeline import SFT
-from rlhub.plan import format_plan, make_plan
+from rlhub.planning.plan import format_plan, make_plan
 from rlhub.run import train
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.views._rows import Row, build_views

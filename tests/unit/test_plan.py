@@ -13,7 +13,8 @@ import yaml
 from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import SamplerConfig
 from rlhub.errors import RecipeError
-from rlhub.plan import Plan, format_plan, make_plan, meta_network, sampler_text, size_text
+from rlhub.planning.memory import size_text
+from rlhub.planning.plan import Plan, format_plan, make_plan, meta_network, sampler_text
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COMPLETE = sorted(path for path in RECIPES.rglob("*.yaml") if "task" in yaml.safe_load(path.read_text()))
@@ -159,7 +160,7 @@ def test_sizes_are_readable():
 
 def test_plan_imports_neither_ray_nor_deepspeed():
     code = (
-        "import sys; from rlhub.config.recipe import load_recipe; from rlhub.plan import make_plan; "
+        "import sys; from rlhub.config.recipe import load_recipe; from rlhub.planning.plan import make_plan; "
         f"make_plan(load_recipe({str(SORT)!r})); print({{'ray', 'deepspeed', 'vllm'}} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=RECIPES.parent)

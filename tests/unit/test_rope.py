@@ -16,7 +16,7 @@ from rlhub.models import dream, llada, llada2, radd, sdar
 from rlhub.networks.layers import rotary_tables, rotate
 from rlhub.networks.layout import pack_layout
 from rlhub.networks.rope import base_factor, critical_dimension, extend
-from rlhub.plan import meta_network
+from rlhub.planning.plan import meta_network
 
 K = 1024
 LLADA = {8: (3.40, 3.53), 16: (13.6, 12.5), 24: (30.6, 26.3), 32: (54.4, 44.5), 64: (217.6, 158.2), 128: (870.3, 561.9)}

@@ -14,7 +14,7 @@ from rlhub.config.recipe import load_recipe
 from rlhub.engines.vllm_plugin import check_model, check_vllm
 from rlhub.errors import RecipeError, UserError
 from rlhub.models import llada
-from rlhub.plan import make_plan
+from rlhub.planning.plan import make_plan
 
 SORT = Path(__file__).parents[2] / "recipes" / "sort.yaml"
 VLLM = ["roles.engine=vllm", "run.runtime=ray"]

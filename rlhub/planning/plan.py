@@ -19,7 +19,7 @@ from rlhub.config.recipe import dump_recipe
 from rlhub.config.schema import ModelConfig, Recipe, SamplerConfig
 from rlhub.engines.vllm_plugin import check_model
 from rlhub.errors import RecipeError
-from rlhub.memory import Memory, serving_memory, training_memory
+from rlhub.planning.memory import Memory, serving_memory, size_text, training_memory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -581,14 +581,3 @@ def _table(title: str, *columns: str, right: range = range(0)) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index in right else "left")
     return table
-
-
-def size_text(size: float) -> str:
-    """Bytes in a readable unit.
-
-    >>> size_text(15.3 * 2**30), size_text(0)
-    ('15.3 GiB', '-')
-    """
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    power = next((power for power in range(len(units) - 1) if size < 1024 ** (power + 1)), len(units) - 1)
-    return f"{size / 1024**power:.3g} {units[power]}" if size else "-"

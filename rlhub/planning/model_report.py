@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlhub.checkpoints.folders import is_adapter_folder, read_adapter_config
 from rlhub.errors import CheckpointError
-from rlhub.memory import Memory, serving_memory, training_memory
 from rlhub.networks.lora import adapter_size
+from rlhub.planning.memory import Memory, serving_memory, training_memory
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -123,7 +123,7 @@ def report_view(report: ModelReport) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from rlhub.plan import size_text
+    from rlhub.planning.memory import size_text
 
     facts = Table(title=report.path, title_justify="left", title_style="bold")
     facts.add_column("quantity")

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+
+if TYPE_CHECKING:
+    from torch import nn
+
 MOMENT_BYTES = 8  # two float32 moments of each trained parameter
 MASTER_BYTES = 4  # float32 copy of a low-precision parameter that is trained
 
@@ -71,3 +75,14 @@ def _widths(network: nn.Module) -> list[int]:
     embeddings = max(module.num_embeddings for module in network.modules() if isinstance(module, nn.Embedding))
     layers = [part for part in network.modules() if isinstance(part, nn.Linear) and part.out_features != embeddings]
     return [layer.in_features + layer.out_features for layer in layers]
+
+
+def size_text(size: float) -> str:
+    """Bytes in a readable unit.
+
+    >>> size_text(15.3 * 2**30), size_text(0)
+    ('15.3 GiB', '-')
+    """
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    power = next((power for power in range(len(units) - 1) if size < 1024 ** (power + 1)), len(units) - 1)
+    return f"{size / 1024**power:.3g} {units[power]}" if size else "-"
