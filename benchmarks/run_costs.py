@@ -15,7 +15,7 @@ from statistics import median, quantiles
 from rich.console import Console
 from rich.table import Table
 
-from rlhub.metrics import read_metrics
+from rlhub.records.metrics import read_metrics
 
 SYNC_LIMIT = 0.040  # seconds, for the quickstart's model
 OVERHEAD_LIMIT = (0.050, 0.02)  # seconds, share of the step

@@ -26,7 +26,7 @@ from rlhub.likelihoods import sequence_draws
 from rlhub.networks.layout import pack_layout, to_device
 from rlhub.noise import Noise
 from rlhub.parts import load_part
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.types import Batch, Credit, Request, Rollout
 from rlhub.views._rows import fit_blocks
 

@@ -147,7 +147,7 @@ def _evaluate_choices(path: Path, data: str, overrides: tuple[str, ...], out: Pa
 
     from rlhub import likelihood_eval
     from rlhub.parts import part_config
-    from rlhub.progress import RunProgress
+    from rlhub.records.progress import RunProgress
 
     options = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     config = part_config(likelihood_eval, {"path": data, **options})

@@ -35,7 +35,8 @@ from rich.table import Table
 
 from rlhub.config.recipe import load_recipe
 from rlhub.errors import RecipeError
-from rlhub.metrics import Summary, read_metrics, replace_text, summarize
+from rlhub.files import replace_text
+from rlhub.records.metrics import Summary, read_metrics, summarize
 from rlhub.reports.page import write_report
 from rlhub.reports.plots import PANELS, Group, draw_panel
 

@@ -18,10 +18,10 @@ from rich.table import Table
 
 from rlhub.config.recipe import load_options
 from rlhub.errors import RecipeError
+from rlhub.files import plain, replace_text
 from rlhub.labs import Check, Verdict, seconds_of_arms
-from rlhub.metrics import plain, replace_text
 from rlhub.parts import load_part, part_names
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 
 RECIPES = Path("recipes") / "labs"
 ANSWERS = {True: "yes", False: "no", None: "undecided"}

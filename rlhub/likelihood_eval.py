@@ -34,7 +34,7 @@ from rlhub.likelihoods import sequence_draws
 from rlhub.noise import Noise, sample_uid
 from rlhub.parts import load_part
 from rlhub.pipeline import EVAL
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.tasks import load_task
 from rlhub.types import Batch, Credit, Example
 from rlhub.views import all_masks, chain, model_blocks

@@ -23,17 +23,18 @@ from rlhub.config.recipe import dump_recipe, load_recipe, validate
 from rlhub.config.schema import Recipe, RopeConfig
 from rlhub.errors import CheckpointError, RecipeError, UserError, WorkerLost
 from rlhub.evals import evaluation_task, shared_prompts
-from rlhub.metrics import read_metrics, replace_text, summarize
+from rlhub.files import replace_text
 from rlhub.networks.rope import extend
 from rlhub.noise import Noise
 from rlhub.pairs import load_pairs, report_bad
 from rlhub.parts import load_part
 from rlhub.planning.plan import format_plan, make_plan
-from rlhub.progress import RunProgress, summary_panel
+from rlhub.records.metrics import read_metrics, summarize
+from rlhub.records.progress import RunProgress, summary_panel
+from rlhub.records.trackers import Trackers
 from rlhub.reports.page import write_report
 from rlhub.run_state import Session, StopRequest, last_position
 from rlhub.tasks import load_task, task_tokenizer
-from rlhub.trackers import Trackers
 
 PHASES = {"sft": controller.run_sft, "online": controller.run_online, "pairs": controller.run_pairs}
 # Between attempts of one run. Its name is that of its folder, which may have been moved.

@@ -168,7 +168,7 @@ _GROUP_ADVANTAGES = [
 
 
 def _check_choices(recipe: Recipe) -> None:
-    from rlhub.trackers import TRACKERS
+    from rlhub.records.trackers import TRACKERS
 
     for key, choices in _CHOICES.items():
         value = attrgetter(key)(recipe)

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from rlhub.metrics import replace_text
-from rlhub.progress import RunProgress
+from rlhub.files import replace_text
+from rlhub.records.progress import RunProgress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

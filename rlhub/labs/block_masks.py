@@ -29,7 +29,7 @@ from rlhub.models import llada2, sdar
 from rlhub.networks.cache import CacheView
 from rlhub.networks.layout import pack_layout
 from rlhub.noise import Noise
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
 from rlhub.types import Layout, Rollout, Views
 from rlhub.views import elbo

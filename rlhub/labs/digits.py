@@ -29,7 +29,7 @@ from rlhub.config.schema import SamplerConfig
 from rlhub.lab_training import SFT, batch_of, counted, masked_loss, sample, tiny_llada, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.noise import Noise
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, DASHES, STYLE
 from rlhub.tasks.digits import CLASSES, LEVELS, PIXELS, images
 from rlhub.types import Batch

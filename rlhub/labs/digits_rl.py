@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from rlhub.labs import Arm, Check, Tick, Verdict, above, folder_of, run_arms
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
 from rlhub.tasks.digits import CLASSES, LEVELS
 

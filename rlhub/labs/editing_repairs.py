@@ -30,7 +30,7 @@ from rlhub.lab_training import SFT, batch_of, counted, sample, train
 from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.models import llada2
 from rlhub.noise import Noise
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
 from rlhub.types import Request, Rollout, Views
 from rlhub.views._rows import Row, build_views, fit_blocks

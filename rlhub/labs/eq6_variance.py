@@ -29,7 +29,7 @@ from rlhub.algorithm.scoring import token_log_probs
 from rlhub.labs import Arm, Check, Tick, Verdict, run_arms
 from rlhub.likelihoods import sequence_draws
 from rlhub.noise import Noise
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
 from rlhub.types import Batch, Views
 from rlhub.variance.estimates import Exact

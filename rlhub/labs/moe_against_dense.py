@@ -31,7 +31,7 @@ from rlhub.labs import Arm, Check, Tick, Verdict, above, not_above, run_arms
 from rlhub.models import llada_moe
 from rlhub.networks.experts import Routing, record_routing, routers
 from rlhub.noise import Noise
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
 from rlhub.types import Batch, Views
 from rlhub.views import elbo

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from rlhub.config.schema import SamplerConfig
 from rlhub.lab_training import sample, tiny_llada
 from rlhub.labs import Arm, Check, Tick, Verdict, run_arms
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
 
 KIND = "identity"

@@ -30,7 +30,7 @@ from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.labs.passkey_ntk import ASK, EVERY, KEY, TRAINED, accuracy, difference, draw, extended, haystacks, network_config, trained
 from rlhub.noise import Noise
 from rlhub.packing import PackedDocuments
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.types import Batch, Views
 from rlhub.views._rows import Row, build_views
 

@@ -29,7 +29,7 @@ from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.models import llada
 from rlhub.networks.rope import extend
 from rlhub.noise import Noise
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
 from rlhub.types import Batch
 from rlhub.views import elbo

@@ -34,7 +34,7 @@ from rlhub.lab_training import SFT, batch_of, causal_layout, counted, masked_los
 from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.models import dream
 from rlhub.noise import Noise
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
 from rlhub.types import Batch
 from rlhub.views import elbo

@@ -26,7 +26,7 @@ from torch import nn
 from rlhub.lab_training import SFT, batch_of, counted, masked_loss, tiny_llada, train
 from rlhub.labs import Arm, Tick, Verdict, above, not_above, run_arms
 from rlhub.noise import Noise
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
 from rlhub.types import Batch
 from rlhub.variance.estimates import replicate_variance

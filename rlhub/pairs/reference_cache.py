@@ -27,7 +27,7 @@ from rlhub.algorithm.compose import Algorithm
 from rlhub.algorithm.pairs import PairOrder, Pairs
 from rlhub.checkpoints.folders import base_folder, is_adapter_folder
 from rlhub.errors import CheckpointError
-from rlhub.metrics import replace_text
+from rlhub.files import replace_text
 from rlhub.types import Batch, LogLikelihood
 
 FORMAT = 1  # of shards, and of what makes a key; counts up with any change that changes estimates

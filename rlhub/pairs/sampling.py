@@ -13,9 +13,9 @@ from rlhub.checkpoints.sealed import resolve_model_path
 from rlhub.config.recipe import load_recipe, validate
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, RecipeError, UserError, WorkerLost
-from rlhub.metrics import replace_text
+from rlhub.files import replace_text
 from rlhub.pipeline import SAMPLE, evaluation_settings, generate, grade, issue
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.tasks import load_task
 
 PROMPTS_AT_ONCE = 64

@@ -20,6 +20,7 @@ from rewards.answers.text import plain as plain_prompt
 from rlhub.config.schema import SamplerConfig
 from rlhub.errors import DataError, UserError
 from rlhub.parts import assign, flatten, load_part, part_config
+from rlhub.records.rollout_log import read_rollouts, rollout_files, rollout_row, token_namer, token_strings
 from rlhub.reports.timeline import (
     CONFIDENCE_COLORS,
     VISIBLE,
@@ -31,7 +32,6 @@ from rlhub.reports.timeline import (
     settings_text,
     write_timelines,
 )
-from rlhub.rollout_log import read_rollouts, rollout_files, rollout_row, token_namer, token_strings
 from rlhub.samplers import log_probs
 from rlhub.types import NEVER, Rollout
 

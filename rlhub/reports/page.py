@@ -17,12 +17,13 @@ from matplotlib.colors import to_hex
 from omegaconf import OmegaConf
 
 from rlhub.errors import CheckpointError, DataError
-from rlhub.metrics import Row, Summary, read_metrics, replace_text, series, summarize
+from rlhub.files import replace_text
 from rlhub.parts import flatten
-from rlhub.progress import accuracy_text, clock_text, describe_test_set, gain_text
+from rlhub.records.metrics import Row, Summary, read_metrics, series, summarize
+from rlhub.records.progress import accuracy_text, clock_text, describe_test_set, gain_text
+from rlhub.records.rollout_log import read_rollouts, rollout_files
 from rlhub.reports.plots import PANELS, Group, draw_panel, draw_plots
 from rlhub.reports.timeline import render, timeline_data
-from rlhub.rollout_log import read_rollouts, rollout_files
 
 SAMPLES_PER_DUMP = 6
 UNCOMPARED = ("run.name", "run.output_dir", "run.seed", "about")

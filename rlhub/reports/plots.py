@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 
-from rlhub.metrics import Row, phases, series, wilson_interval
+from rlhub.records.metrics import Row, phases, series, wilson_interval
 
 STYLE = {
     "font.size": 9,

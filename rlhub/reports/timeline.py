@@ -1,6 +1,6 @@
 """The denoising of completions as pictures: states step by step, for the terminal and for a page with a slider.
 
-Everything is drawn from rows of `rlhub.rollout_log`, so that what a run logged and what `rlhub sample` generates look the same. Colours
+Everything is drawn from rows of `rlhub.records.rollout_log`, so that what a run logged and what `rlhub sample` generates look the same. Colours
 stay apart for colour-blind readers (PuOr of ColorBrewer, viridis) and every cell brings its own ink, so that they are readable on dark and
 on light.
 """
@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from rlhub.metrics import replace_text
+from rlhub.files import replace_text
 from rlhub.types import NEVER
 
-Row = Mapping[str, Any]  # see rlhub.rollout_log
+Row = Mapping[str, Any]  # see rlhub.records.rollout_log
 State = Literal["masked", "new", "edited", "filled"]
 
 CONFIDENCE_COLORS = ("#b35806", "#f1a340", "#fee0b6", "#f7f7f7", "#d8daeb", "#998ec3", "#542788")  # from 0 to 1

@@ -22,7 +22,7 @@ from rlhub.checkpoints.weights import load_network
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, UserError
 from rlhub.pairs import load_pairs
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.tasks.preferences import Config as PreferenceConfig
 from rlhub.tasks.preferences import load_preferences
 from rlhub.variance.laboratory import BUDGET, Laboratory, Setting, exact_cells, exact_laws, exact_scores, small_problem

@@ -17,8 +17,8 @@ import ray
 from rich.console import Console
 
 from rlhub.config.schema import Recipe
-from rlhub.metrics import read_metrics, without_clocks
-from rlhub.rollout_log import read_rollouts, rollout_path
+from rlhub.records.metrics import read_metrics, without_clocks
+from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.run import train
 
 STALE = ("run.phases=[online]", "algorithm.max_staleness=1", "algorithm.correction=none", "algorithm.updates=1")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhub.metrics import read_metrics, summarize
+from rlhub.records.metrics import read_metrics, summarize
 
 ROOT = Path(__file__).parents[2]
 

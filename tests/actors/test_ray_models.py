@@ -24,11 +24,11 @@ from rlhub.checkpoints.sealed import load_network, save_network
 from rlhub.config.schema import Recipe
 from rlhub.errors import UserError
 from rlhub.evals import evaluate_checkpoint
-from rlhub.metrics import read_metrics, without_clocks
 from rlhub.networks.layout import pack_layout
 from rlhub.networks.lora import training_state
 from rlhub.parts import load_part
-from rlhub.rollout_log import read_rollouts, rollout_path
+from rlhub.records.metrics import read_metrics, without_clocks
+from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.run import train
 from rlhub.tasks import task_tokenizer
 

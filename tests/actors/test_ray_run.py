@@ -30,11 +30,11 @@ from rlhub.config.schema import LearnerConfig, OptimizerConfig, Recipe
 from rlhub.engines.torch_engine import Engine
 from rlhub.errors import RecipeError, SyncError, UserError, WorkerLost
 from rlhub.evals import evaluate_checkpoint
-from rlhub.metrics import read_metrics, without_clocks
 from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.pipeline import ONLINE, issue
-from rlhub.rollout_log import read_rollouts, rollout_path
+from rlhub.records.metrics import read_metrics, without_clocks
+from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.run import train
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.types import Batch, RewardResult

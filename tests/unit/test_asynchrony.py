@@ -15,10 +15,10 @@ from rich.console import Console
 
 from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.errors import DataError, RecipeError, SyncError, WorkerHung, WorkerLost
-from rlhub.metrics import read_metrics, without_clocks
 from rlhub.pipeline import Issued, RolloutQueue
 from rlhub.planning.plan import format_plan, make_plan
-from rlhub.rollout_log import read_rollouts, rollout_path
+from rlhub.records.metrics import read_metrics, without_clocks
+from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.run import train
 from rlhub.types import Request, Rollout
 from workers.generator import StaleWeights

@@ -20,15 +20,15 @@ from rlhub import controller
 from rlhub.config.schema import Recipe
 from rlhub.errors import CheckpointError, DataError, RecipeError, UserError, WorkerHung, WorkerLost
 from rlhub.evals import evaluate_checkpoint, evaluation_task
-from rlhub.metrics import read_metrics, without_clocks
 from rlhub.noise import Noise
 from rlhub.pipeline import ONLINE, grade, issue, shuffle_grades
-from rlhub.progress import RunProgress
-from rlhub.rollout_log import read_rollouts, rollout_path
+from rlhub.records.metrics import read_metrics, without_clocks
+from rlhub.records.progress import RunProgress
+from rlhub.records.rollout_log import read_rollouts, rollout_path
+from rlhub.records.trackers import Trackers
 from rlhub.run import train
 from rlhub.run_state import Session, StopRequest
 from rlhub.tasks import load_task, task_tokenizer
-from rlhub.trackers import Trackers
 from rlhub.types import Receipt, RewardResult, Rollout
 from workers.generator import StaleWeights
 from workers.placement import Crew, assemble, gather

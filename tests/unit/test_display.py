@@ -20,9 +20,9 @@ from rlhub.cli import main
 from rlhub.config.schema import Recipe
 from rlhub.models import llada, sdar
 from rlhub.models.llada import Config, LLaDA
+from rlhub.records.rollout_log import dump_rollouts, rollout_path
 from rlhub.reports import display
 from rlhub.reports.display import show_row
-from rlhub.rollout_log import dump_rollouts, rollout_path
 from rlhub.tasks._vocabulary import word_level
 
 ROW = {

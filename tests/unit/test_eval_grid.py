@@ -15,7 +15,7 @@ from PIL import Image
 from rlhub.cli import main
 from rlhub.config.schema import Recipe
 from rlhub.eval_grid import pareto_front
-from rlhub.metrics import wilson_interval
+from rlhub.records.metrics import wilson_interval
 from rlhub.run import train
 
 GRID = ["sampler.name=random,threshold", "sampler.steps=2,4", "sampler.early_stop=off", "eval_temperatures=[1.0]"]

@@ -17,9 +17,9 @@ from rlhub.algorithm.compose import Algorithm
 from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import Recipe
 from rlhub.errors import RecipeError
-from rlhub.metrics import read_metrics
 from rlhub.noise import Noise
 from rlhub.pipeline import Issued, grade_states, shuffle_grades
+from rlhub.records.metrics import read_metrics
 from rlhub.run import train
 from rlhub.tasks._vocabulary import word_level
 from rlhub.types import NEVER, Example, Request, RewardResult, Rollout

@@ -36,7 +36,7 @@ from rlhub.labs import (
 )
 from rlhub.noise import Noise
 from rlhub.parts import load_part, part_names
-from rlhub.progress import RunProgress
+from rlhub.records.progress import RunProgress
 from rlhub.samplers import MASK_RATIO
 from rlhub.tasks import digits as digits_data
 from rlhub.tasks import load_task, task_tokenizer

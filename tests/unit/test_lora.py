@@ -20,10 +20,10 @@ from rlhub.checkpoints.export import export
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config.schema import Recipe
 from rlhub.errors import CheckpointError, RecipeError
-from rlhub.metrics import read_metrics
 from rlhub.networks.layout import pack_layout
 from rlhub.networks.lora import adapter_size, adapters_off, check_targets, training_state
 from rlhub.parts import load_part, part_names
+from rlhub.records.metrics import read_metrics
 from rlhub.run import train
 
 FAMILIES = [name for name in part_names("models") if hasattr(load_part("models", name), "TINY")]

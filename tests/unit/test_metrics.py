@@ -12,20 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhub.errors import DataError, RecipeError
-from rlhub.metrics import (
+from rlhub.files import plain
+from rlhub.records.metrics import (
     MetricsLog,
     SpanClock,
     busy_union,
     idle_share,
     overhead_seconds,
-    plain,
     read_metrics,
     series,
     summarize,
     wilson_interval,
     without_clocks,
 )
-from rlhub.trackers import Trackers, check_trackers
+from rlhub.records.trackers import Trackers, check_trackers
 
 PHASES = ["sft", "online"]
 

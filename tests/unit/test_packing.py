@@ -13,13 +13,13 @@ import torch
 from rlhub.algorithm.scoring import token_log_probs
 from rlhub.config.recipe import load_recipe
 from rlhub.errors import DataError
-from rlhub.metrics import read_metrics
 from rlhub.models import dream
 from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import Noise
 from rlhub.packing import PackedDocuments, document_batch, pack_documents
 from rlhub.pipeline import SFT
 from rlhub.planning.plan import format_plan, make_plan
+from rlhub.records.metrics import read_metrics
 from rlhub.run import train
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.views._rows import Row, build_views

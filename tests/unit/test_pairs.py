@@ -24,9 +24,9 @@ from rlhub.checkpoints.sealed import load_network
 from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, RecipeError
-from rlhub.metrics import read_metrics, without_clocks
 from rlhub.noise import Noise
 from rlhub.pairs.sampling import best_and_worst, sample_pairs
+from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.run import train
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rlhub.metrics import Summary
-from rlhub.progress import RunProgress, accuracy_text, clock_text, gain_text, summary_panel
+from rlhub.records.metrics import Summary
+from rlhub.records.progress import RunProgress, accuracy_text, clock_text, gain_text, summary_panel
 
 SUMMARY = Summary("online", 0, 300, 0.5, 0.766, 0.22, 0.676, "countdown_small held-out", 512, "sha256:3fa91c0d77", 316.2, 270.4)
 

@@ -16,9 +16,9 @@ from rlhub.algorithm.replay import STATES, choose_rollouts
 from rlhub.checkpoints.sealed import save_network
 from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig, Recipe, SamplerConfig
 from rlhub.engines.torch_engine import Engine
-from rlhub.metrics import read_metrics
 from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import Noise
+from rlhub.records.metrics import read_metrics
 from rlhub.run import train
 from rlhub.tasks._vocabulary import word_level
 from rlhub.types import NEVER, Request, Rollout

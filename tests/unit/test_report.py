@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 
 from rlhub.config.schema import Recipe
 from rlhub.errors import CheckpointError, DataError
-from rlhub.metrics import MetricsLog, summarize
+from rlhub.records.metrics import MetricsLog, summarize
+from rlhub.records.rollout_log import dump_rollouts, read_rollouts, rollout_files, rollout_path
 from rlhub.reports.page import Run, differences, dump_view, group_name, save_accuracy_plot, write_report
 from rlhub.reports.plots import PANELS, Group, draw_panel, over_seeds, smoothed
-from rlhub.rollout_log import dump_rollouts, read_rollouts, rollout_files, rollout_path
 from rlhub.types import NEVER, RewardResult, Rollout
 
 NUM_PROBLEMS = 512

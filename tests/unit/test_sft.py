@@ -14,9 +14,9 @@ from rlhub.algorithm.compose import Algorithm, LogProbs
 from rlhub.checkpoints.weights import save_network
 from rlhub.config.schema import AlgorithmConfig, SFTConfig
 from rlhub.errors import DataError, RecipeError
-from rlhub.metrics import read_metrics
 from rlhub.models import dream, llada
 from rlhub.noise import Noise
+from rlhub.records.metrics import read_metrics
 from rlhub.run import train
 from rlhub.sft import cut_at_random, family_weight, supervised_algorithm, supervised_batch, whole_sequences, with_ending
 from rlhub.types import Batch

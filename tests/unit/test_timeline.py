@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rlhub.records.rollout_log import dump_rollouts, read_rollouts
 from rlhub.reports.timeline import (
     active_block,
     block_offset,
@@ -21,7 +22,6 @@ from rlhub.reports.timeline import (
     timeline_data,
     write_timelines,
 )
-from rlhub.rollout_log import dump_rollouts, read_rollouts
 from rlhub.types import NEVER, Rollout
 
 WORDS = ["a", "b", "<i>c</i>", "</script><script>alert(1)</script>", "e\nf", "<eos>", "<mask>"]

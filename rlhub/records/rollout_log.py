@@ -19,7 +19,7 @@ from typing import Any
 
 from rewards._grader import to_json
 from rlhub.errors import DataError
-from rlhub.metrics import plain, replace_text
+from rlhub.files import plain, replace_text
 from rlhub.types import NEVER, Rollout
 
 SCHEMA = 1

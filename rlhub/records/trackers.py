@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhub.errors import RecipeError
-from rlhub.metrics import MetricsLog, Row, plain
+from rlhub.files import plain
 from rlhub.parts import did_you_mean
+from rlhub.records.metrics import MetricsLog, Row
 
 
 class Tracker(Protocol):

@@ -19,24 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhub.errors import DataError
+from rlhub.files import plain, replace_text
 
 Row = dict[str, Any]
 Interval = tuple[float, float]
 
 CLOCK_PREFIXES = ("time/", "system/", "throughput/")
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON data: numpy and torch numbers and arrays become Python ones, what is not finite becomes None."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def read_metrics(path: Path | str) -> list[Row]:
@@ -47,17 +35,6 @@ def read_metrics(path: Path | str) -> list[Row]:
 def without_clocks(row: Row) -> Row:
     """The part of a row that a deterministic run repeats bit for bit."""
     return {key: value for key, value in row.items() if key != "wall_s" and not key.startswith(CLOCK_PREFIXES)}
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that at any moment a reader, or a machine that lost power, has either the old content or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 class MetricsLog:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from rlhub.metrics import Summary, wilson_interval
+from rlhub.records.metrics import Summary, wilson_interval
 
 SHOWN = {  # metric -> label and format
     "reward/mean": ("reward", "{:.3f}"),
