@@ -28,8 +28,8 @@ from rlhub.models import llada
 from rlhub.pipeline import Issued, generate
 from rlhub.types import Request
 from workers.generator import Generator
-from workers.ray_runtime import RayRuntime
-from workers.runtime import Resources
+from workers.runtimes.ray_runtime import RayRuntime
+from workers.runtimes.runtime import Resources
 from workers.supervisor import Pool
 
 SHARE = 0.9  # of the ideal ratio, at least

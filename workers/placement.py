@@ -15,7 +15,7 @@ from rlhub.types import Receipt
 from workers.generator import Generator
 from workers.learner import Learner
 from workers.reward import RewardWorker
-from workers.runtime import Handle, LocalRuntime, Resources, Runtime
+from workers.runtimes.runtime import Handle, LocalRuntime, Resources, Runtime
 from workers.scorer import Scorer
 from workers.supervisor import Pool
 
@@ -148,7 +148,7 @@ def assemble(recipe: Recipe, model_path: Path, log_folder: Path | None = None) -
         torch.set_num_threads(roles.threads)
         runtime: Runtime = LocalRuntime()
     else:
-        from workers.ray_runtime import RayRuntime
+        from workers.runtimes.ray_runtime import RayRuntime
 
         every = [wanted[role] for role, count in counts.items() for _ in range(count)]
         runtime = RayRuntime(every, log_folder, dashboard=recipe.run.dashboard)

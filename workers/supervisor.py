@@ -18,7 +18,7 @@ from typing import Any
 
 from rlhub.errors import WorkerHung, WorkerLost
 from workers.generator import StaleWeights
-from workers.runtime import Handle, Runtime
+from workers.runtimes.runtime import Handle, Runtime
 
 log = logging.getLogger("rlhub")
 

@@ -40,8 +40,8 @@ from rlhub.tasks import load_task, task_tokenizer
 from rlhub.types import Batch, RewardResult
 from workers.learner import Learner
 from workers.placement import Crew, assemble, gather
-from workers.ray_runtime import RayHandle, RayRuntime
-from workers.runtime import Resources
+from workers.runtimes.ray_runtime import RayHandle, RayRuntime
+from workers.runtimes.runtime import Resources
 from workers.sync import buckets_of, load_buckets, receipt_of
 from workers.transports.gloo import Transport as Gloo
 from workers.transports.object_store import Transport as ObjectStore

@@ -26,8 +26,8 @@ from rlhub.tasks import task_tokenizer
 from rlhub.types import Request, Rollout
 from workers.generator import Generator
 from workers.placement import Crew, assemble
-from workers.ray_runtime import RayRuntime
-from workers.runtime import Resources
+from workers.runtimes.ray_runtime import RayRuntime
+from workers.runtimes.runtime import Resources
 from workers.sync import buckets_of, receipt_of
 from workers.transports.gloo import Transport as Gloo
 from workers.transports.object_store import Transport as ObjectStore

@@ -22,7 +22,7 @@ from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.run import train
 from rlhub.types import Request, Rollout
 from workers.generator import StaleWeights
-from workers.runtime import LocalFuture, LocalHandle, LocalRuntime, Resources
+from workers.runtimes.runtime import LocalFuture, LocalHandle, LocalRuntime, Resources
 from workers.supervisor import Pool
 
 

@@ -33,7 +33,7 @@ from rlhub.types import Receipt, RewardResult, Rollout
 from workers.generator import StaleWeights
 from workers.placement import Crew, assemble, gather
 from workers.reward import RewardWorker
-from workers.runtime import LocalRuntime, Resources
+from workers.runtimes.runtime import LocalRuntime, Resources
 from workers.supervisor import Pool
 from workers.transports.object_store import Transport
 

@@ -27,7 +27,7 @@ from rlhub.records.rollout_log import dump_rollouts, read_rollouts
 from rlhub.run import train
 from rlhub.run_state import Session
 from rlhub.types import Example, Request, RewardResult, Rollout
-from workers.runtime import LocalRuntime, Resources
+from workers.runtimes.runtime import LocalRuntime, Resources
 from workers.supervisor import Pool
 
 GRADERS = """

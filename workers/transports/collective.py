@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlhub.config.schema import SyncConfig
 from rlhub.errors import WorkerLost
-from workers.runtime import Handle, Runtime
+from workers.runtimes.runtime import Handle, Runtime
 from workers.sync import bucket_plan, to_bytes
 from workers.transports import object_store
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhub.config.schema import SyncConfig
-from workers.runtime import Handle, Runtime
+from workers.runtimes.runtime import Handle, Runtime
 
 
 class Transport:

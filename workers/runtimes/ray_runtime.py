@@ -21,7 +21,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhub.errors import RecipeError, WorkerLost
-from workers.runtime import Interval, Resources
+from workers.runtimes.runtime import Interval, Resources
 
 
 class Host:
