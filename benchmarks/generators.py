@@ -25,7 +25,7 @@ from tqdm import tqdm
 from rlhub.checkpoints.weights import save_network
 from rlhub.config.schema import SamplerConfig
 from rlhub.models import llada
-from rlhub.pipeline import Issued, generate
+from rlhub.training.rollouts import Issued, generate
 from rlhub.types import Request
 from workers.generator import Generator
 from workers.runtimes.ray_runtime import RayRuntime

@@ -220,7 +220,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     Example:
         >>> train("recipes/sort.yaml", overrides=["run.steps=10"])                # doctest: +SKIP
     """
-    from rlhub.run import train as run_recipe
+    from rlhub.training.run import train as run_recipe
 
     return run_recipe(load_recipe(recipe_path, overrides))
 

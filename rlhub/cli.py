@@ -85,7 +85,7 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
 
     resolved = load_recipe(recipe, overrides)
     check_devices(resolved)
-    from rlhub.run import train as run_train
+    from rlhub.training.run import train as run_train
 
     try:
         click.echo(run_train(resolved))
@@ -217,7 +217,7 @@ def pairs(path: Path, overrides: tuple[str, ...], out: Path, prompts: int, recip
       rlhub pairs runs/sort --out runs/sort_pairs.jsonl
       rlhub pairs exported/ --recipe recipes/sort.yaml --out pairs.jsonl --prompts 4096 algorithm.completions_per_prompt=4
     """
-    from rlhub.pairs.sampling import sample_pairs
+    from rlhub.training.pair_sampling import sample_pairs
 
     click.echo(sample_pairs(path, out, prompts, list(overrides), recipe_path))
 

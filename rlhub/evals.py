@@ -14,8 +14,9 @@ import numpy as np
 from rlhub.config.recipe import load_recipe, validate
 from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.errors import RecipeError, UserError, WorkerLost
-from rlhub.pipeline import EVAL, evaluation_settings, generate, grade, issue
 from rlhub.tasks import Task, load_task
+from rlhub.training.grading import grade
+from rlhub.training.rollouts import EVAL, evaluation_settings, generate, issue
 
 PIECE = 512  # problems issued at once
 

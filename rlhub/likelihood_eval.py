@@ -33,9 +33,9 @@ from rlhub.errors import DataError, UserError
 from rlhub.likelihoods import sequence_draws
 from rlhub.noise import Noise, sample_uid
 from rlhub.parts import load_part
-from rlhub.pipeline import EVAL
 from rlhub.records.progress import RunProgress
 from rlhub.tasks import load_task
+from rlhub.training.rollouts import EVAL
 from rlhub.types import Batch, Credit, Example
 from rlhub.views import all_masks, chain, model_blocks
 from rlhub.views._rows import fit_blocks
@@ -119,7 +119,7 @@ def evaluate_choices(path: Path, config: Config, out: Path | None = None, progre
     """
     from rlhub.api import load_model
     from rlhub.checkpoints.sealed import resolve_model_path
-    from rlhub.pairs.reference_cache import weights_hash
+    from rlhub.training.reference_cache import weights_hash
 
     folder = resolve_model_path(Path(path))
     model = load_model(folder, config.device)

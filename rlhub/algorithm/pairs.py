@@ -17,11 +17,11 @@ from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError
 from rlhub.noise import Noise, sample_uid
-from rlhub.pairs import ROW_BITS
-from rlhub.pairs.reference import FOLDER
 from rlhub.parts import part_config
-from rlhub.pipeline import PAIRS, SFT
 from rlhub.tasks.preferences import BadRow, Config, Preference
+from rlhub.training.pairs import ROW_BITS
+from rlhub.training.reference import FOLDER
+from rlhub.training.rollouts import PAIRS, SFT
 from rlhub.types import Batch
 
 

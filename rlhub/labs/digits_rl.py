@@ -134,7 +134,7 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> Figure:
 def _train(config: Config, folder: str, kind: str, seed: int, options: list[str]) -> str:
     """A run folder of the recipe; continues by itself when it was stopped."""
     from rlhub.config.recipe import load_recipe
-    from rlhub.run import train
+    from rlhub.training.run import train
 
     names = [f"run.seed={seed}", f"run.output_dir={folder}", f"run.name={kind}_seed{seed}"]
     with open(os.devnull, "w") as silent:

@@ -21,10 +21,10 @@ from rlhub.checkpoints.tokenizers import load_tokenizer
 from rlhub.checkpoints.weights import load_network
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, UserError
-from rlhub.pairs import load_pairs
 from rlhub.records.progress import RunProgress
 from rlhub.tasks.preferences import Config as PreferenceConfig
 from rlhub.tasks.preferences import load_preferences
+from rlhub.training.pairs import load_pairs
 from rlhub.variance.laboratory import BUDGET, Laboratory, Setting, exact_cells, exact_laws, exact_scores, small_problem
 
 MANY = 12  # checkpoints of a run that are measured, spread evenly in the logarithm of the step

@@ -19,7 +19,7 @@ from rich.console import Console
 from rlhub.config.schema import Recipe
 from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.records.rollout_log import read_rollouts, rollout_path
-from rlhub.run import train
+from rlhub.training.run import train
 
 STALE = ("run.phases=[online]", "algorithm.max_staleness=1", "algorithm.correction=none", "algorithm.updates=1")
 ACTORS = ("run.runtime=ray", "roles.generators=2")
@@ -36,7 +36,7 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports have tests of their own, and plots take longer than these runs."""
-    monkeypatch.setattr("rlhub.run.write_report", lambda folders: folders[0] / "report.html")
+    monkeypatch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
 
 
 def silent() -> Console:

@@ -29,8 +29,8 @@ from rlhub.networks.lora import training_state
 from rlhub.parts import load_part
 from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.records.rollout_log import read_rollouts, rollout_path
-from rlhub.run import train
 from rlhub.tasks import task_tokenizer
+from rlhub.training.run import train
 
 TEAM = ("run.runtime=ray", "learner.backend=deepspeed", "roles.generators=2", "roles.learners=2")
 SHORT = ("run.phases=[online]", "run.steps=3", "run.checkpoint_every=1", "run.eval_every=3", "roles.scorers=0")
@@ -58,7 +58,7 @@ def cluster() -> Iterator[None]:
 def quick_report() -> Iterator[None]:
     """Reports have tests of their own, and plots take longer than these runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhub.run.write_report", lambda folders: folders[0] / "report.html")
+        patch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
         yield
 
 

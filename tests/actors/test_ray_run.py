@@ -32,11 +32,11 @@ from rlhub.errors import RecipeError, SyncError, UserError, WorkerLost
 from rlhub.evals import evaluate_checkpoint
 from rlhub.noise import Noise
 from rlhub.parts import load_part
-from rlhub.pipeline import ONLINE, issue
 from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.records.rollout_log import read_rollouts, rollout_path
-from rlhub.run import train
 from rlhub.tasks import load_task, task_tokenizer
+from rlhub.training.rollouts import ONLINE, issue
+from rlhub.training.run import train
 from rlhub.types import Batch, RewardResult
 from workers.learner import Learner
 from workers.placement import Crew, assemble, gather
@@ -63,7 +63,7 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports have tests of their own, and plots take longer than these runs."""
-    monkeypatch.setattr("rlhub.run.write_report", lambda folders: folders[0] / "report.html")
+    monkeypatch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
 
 
 @pytest.fixture(scope="module")

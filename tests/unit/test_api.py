@@ -197,9 +197,9 @@ def test_log_likelihood_refuses(model, arguments, message):
 
 def test_train_resolves_the_recipe_and_returns_the_run_folder(tmp_path, monkeypatch):
     seen = []
-    fake = ModuleType("rlhub.run")
+    fake = ModuleType("rlhub.training.run")
     fake.train = lambda recipe: seen.append(recipe) or Path("runs/x")
-    monkeypatch.setitem(sys.modules, "rlhub.run", fake)
+    monkeypatch.setitem(sys.modules, "rlhub.training.run", fake)
     (tmp_path / "recipe.yaml").write_text("run: {steps: 7, seed: 3}\n")
     assert rlhub.train(tmp_path / "recipe.yaml", overrides=["run.steps=2"]) == Path("runs/x")
     assert (seen[0].run.steps, seen[0].run.seed) == (2, 3)

@@ -15,11 +15,11 @@ from rich.console import Console
 
 from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.errors import DataError, RecipeError, SyncError, WorkerHung, WorkerLost
-from rlhub.pipeline import Issued, RolloutQueue
 from rlhub.planning.plan import format_plan, make_plan
 from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.records.rollout_log import read_rollouts, rollout_path
-from rlhub.run import train
+from rlhub.training.rollouts import Issued, RolloutQueue
+from rlhub.training.run import train
 from rlhub.types import Request, Rollout
 from workers.generator import StaleWeights
 from workers.runtimes.runtime import LocalFuture, LocalHandle, LocalRuntime, Resources
@@ -29,7 +29,7 @@ from workers.supervisor import Pool
 @pytest.fixture(autouse=True)
 def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports have tests of their own, and plots take longer than these runs."""
-    monkeypatch.setattr("rlhub.run.write_report", lambda folders: folders[0] / "report.html")
+    monkeypatch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
 
 
 # ------------------------------------------------------------------------------------------------- calls that wait their turn
@@ -289,7 +289,7 @@ def column(run: Path, key: str) -> list[float | None]:
 @pytest.fixture(scope="module")
 def stale_run(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhub.run.write_report", lambda folders: folders[0] / "report.html")
+        patch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
         return train(tiny(f"run.output_dir={tmp_path_factory.mktemp('stale')}", *STALE), silent())
 
 

@@ -112,7 +112,7 @@ def test_bad_input_ends_in_one_clear_line(arguments, wanted, tmp_path):
 @pytest.mark.parametrize("arguments", [[SORT, "run.stps=3"], [SORT, "sampler.length=10"], ["no.yaml"], [SORT, "roles.gpus_per_learner=1"]])
 def test_train_refuses_before_it_writes(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    replace(monkeypatch, "rlhub.run", train=lambda recipe: pytest.fail("training began"))
+    replace(monkeypatch, "rlhub.training.run", train=lambda recipe: pytest.fail("training began"))
     result = run("train", *arguments)
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert list(tmp_path.iterdir()) == []
@@ -132,7 +132,7 @@ def test_plan_as_text_and_json(tmp_path):
 
 
 def test_train_hands_on_the_recipe(monkeypatch):
-    replace(monkeypatch, "rlhub.run", train=lambda recipe: Path(recipe.run.output_dir) / recipe.run.name)
+    replace(monkeypatch, "rlhub.training.run", train=lambda recipe: Path(recipe.run.output_dir) / recipe.run.name)
     result = run("train", SORT, "run.name=mine")
     assert (result.exit_code, result.stdout) == (0, "runs/mine\n")
 
@@ -141,7 +141,7 @@ def test_an_interrupted_training_says_how_to_go_on(monkeypatch):
     def interrupt(recipe):
         raise KeyboardInterrupt
 
-    replace(monkeypatch, "rlhub.run", train=interrupt)
+    replace(monkeypatch, "rlhub.training.run", train=interrupt)
     result = run("train", SORT, "run.resume=false", "eval_temperatures=[0.0, 1.0]")
     assert result.exit_code == 130
     assert result.stderr.endswith(f"rlhub train {SORT} 'eval_temperatures=[0.0, 1.0]'\n")
@@ -156,13 +156,13 @@ def test_an_error_of_a_worker_is_one_line(monkeypatch):
     def fail(recipe):
         raise FromRay
 
-    replace(monkeypatch, "rlhub.run", train=fail)
+    replace(monkeypatch, "rlhub.training.run", train=fail)
     result = run("train", SORT)
     assert (result.exit_code, result.stderr) == (2, "error: checkpoint x is damaged: restore it\n")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    replace(monkeypatch, "rlhub.run", train=lambda recipe: 1 / 0)
+    replace(monkeypatch, "rlhub.training.run", train=lambda recipe: 1 / 0)
     assert isinstance(run("train", SORT).exception, ZeroDivisionError)
 
 

@@ -16,19 +16,20 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from rlhub import controller
 from rlhub.config.schema import Recipe
 from rlhub.errors import CheckpointError, DataError, RecipeError, UserError, WorkerHung, WorkerLost
 from rlhub.evals import evaluate_checkpoint, evaluation_task
 from rlhub.noise import Noise
-from rlhub.pipeline import ONLINE, grade, issue, shuffle_grades
 from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.records.progress import RunProgress
 from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.records.trackers import Trackers
-from rlhub.run import train
-from rlhub.run_state import Session, StopRequest
 from rlhub.tasks import load_task, task_tokenizer
+from rlhub.training import controller
+from rlhub.training.grading import grade, shuffle_grades
+from rlhub.training.rollouts import ONLINE, issue
+from rlhub.training.run import train
+from rlhub.training.session import Session, StopRequest
 from rlhub.types import Receipt, RewardResult, Rollout
 from workers.generator import StaleWeights
 from workers.placement import Crew, assemble, gather
@@ -41,7 +42,7 @@ from workers.transports.object_store import Transport
 @pytest.fixture(autouse=True)
 def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports have tests of their own, and plots take longer than these runs; `finished` writes a real one."""
-    monkeypatch.setattr("rlhub.run.write_report", lambda folders: folders[0] / "report.html")
+    monkeypatch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from rlhub.cli import main
 from rlhub.config.schema import Recipe
 from rlhub.eval_grid import pareto_front
 from rlhub.records.metrics import wilson_interval
-from rlhub.run import train
+from rlhub.training.run import train
 
 GRID = ["sampler.name=random,threshold", "sampler.steps=2,4", "sampler.early_stop=off", "eval_temperatures=[1.0]"]
 
@@ -25,7 +25,7 @@ GRID = ["sampler.name=random,threshold", "sampler.steps=2,4", "sampler.early_sto
 def run_dir(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhub.run.write_report", lambda folders: folders[0] / "report.html")
+        patch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
         return train(tiny(f"run.output_dir={folder}", "run.phases=[sft]", "sft.steps=1", grader="picky"))
 
 

@@ -18,10 +18,11 @@ from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import Recipe
 from rlhub.errors import RecipeError
 from rlhub.noise import Noise
-from rlhub.pipeline import Issued, grade_states, shuffle_grades
 from rlhub.records.metrics import read_metrics
-from rlhub.run import train
 from rlhub.tasks._vocabulary import word_level
+from rlhub.training.grading import grade_states, shuffle_grades
+from rlhub.training.rollouts import Issued
+from rlhub.training.run import train
 from rlhub.types import NEVER, Example, Request, RewardResult, Rollout
 
 MDPO = Path(__file__).parents[2] / "recipes" / "algorithms" / "mdpo.yaml"

@@ -24,7 +24,7 @@ from rlhub.networks.layout import pack_layout
 from rlhub.networks.lora import adapter_size, adapters_off, check_targets, training_state
 from rlhub.parts import load_part, part_names
 from rlhub.records.metrics import read_metrics
-from rlhub.run import train
+from rlhub.training.run import train
 
 FAMILIES = [name for name in part_names("models") if hasattr(load_part("models", name), "TINY")]
 RANK, ALPHA = 2, 6.0
@@ -209,14 +209,14 @@ def test_recipes_that_make_no_sense_are_refused(overrides, wanted, tiny):
 
 @pytest.fixture(autouse=True)
 def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhub.run.write_report", lambda folders: folders[0] / "report.html")
+    monkeypatch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
 
 
 @pytest.fixture(scope="module")
 def trained(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SFT and ESPO of adapters, with the base as the reference and no scorer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhub.run.write_report", lambda folders: folders[0] / "report.html")
+        patch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
         return train(recipe_of(tiny, tmp_path_factory.mktemp("lora")), Console(file=io.StringIO()))
 
 

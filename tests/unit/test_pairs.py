@@ -25,9 +25,9 @@ from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, RecipeError
 from rlhub.noise import Noise
-from rlhub.pairs.sampling import best_and_worst, sample_pairs
 from rlhub.records.metrics import read_metrics, without_clocks
-from rlhub.run import train
+from rlhub.training.pair_sampling import best_and_worst, sample_pairs
+from rlhub.training.run import train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 HH = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "hh-rlhf" / "harmless-base.test.jsonl.gz"
@@ -47,7 +47,7 @@ learner: {backend: torch, micro_batch_tokens: 256, optimizer: {learning_rate: 1.
 
 @pytest.fixture(autouse=True)
 def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhub.run.write_report", lambda folders: folders[0] / "report.html")
+    monkeypatch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
 
 
 @pytest.fixture(scope="module")

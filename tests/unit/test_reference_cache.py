@@ -14,8 +14,8 @@ from rlhub.algorithm.pairs import PairOrder, Pairs
 from rlhub.config.schema import AlgorithmConfig
 from rlhub.errors import CheckpointError
 from rlhub.noise import Noise
-from rlhub.pairs import reference_cache
-from rlhub.pairs.reference_cache import ReferenceCache, cache_key, weights_hash
+from rlhub.training import reference_cache
+from rlhub.training.reference_cache import ReferenceCache, cache_key, weights_hash
 from rlhub.types import Batch, LogLikelihood
 
 N, K = 23, 3  # pairs, which make five steps of 4, 5, 4, 5 and 5

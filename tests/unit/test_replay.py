@@ -19,8 +19,8 @@ from rlhub.engines.torch_engine import Engine
 from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import Noise
 from rlhub.records.metrics import read_metrics
-from rlhub.run import train
 from rlhub.tasks._vocabulary import word_level
+from rlhub.training.run import train
 from rlhub.types import NEVER, Request, Rollout
 from workers.generator import Generator
 from workers.learner import Learner
@@ -140,7 +140,7 @@ def test_approximate_rollouts_are_left_out_and_turns_are_taken(learner: Learner)
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhub.run.write_report", lambda folders: folders[0] / "report.html")
+    monkeypatch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
 
 
 def run(tiny: Callable[..., Recipe], folder: Path, *overrides: str) -> tuple[list[dict], str]:

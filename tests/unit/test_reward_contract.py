@@ -21,11 +21,12 @@ from rewards._grader import from_json, to_json
 from rlhub.algorithm.health import rollout_metrics
 from rlhub.config.schema import Recipe
 from rlhub.evals import evaluate
-from rlhub.pipeline import Issued, grade
 from rlhub.records.metrics import read_metrics
 from rlhub.records.rollout_log import dump_rollouts, read_rollouts
-from rlhub.run import train
-from rlhub.run_state import Session
+from rlhub.training.grading import grade
+from rlhub.training.rollouts import Issued
+from rlhub.training.run import train
+from rlhub.training.session import Session
 from rlhub.types import Example, Request, RewardResult, Rollout
 from workers.runtimes.runtime import LocalRuntime, Resources
 from workers.supervisor import Pool

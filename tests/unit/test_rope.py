@@ -103,7 +103,7 @@ def test_rotation_is_relative_and_leaves_the_rest():
 
 def test_recipe_key(tmp_path):
     """The run starts from the same weights with the longer context; plan sees it; bad keys are named."""
-    from rlhub.run import _first_model
+    from rlhub.training.run import _first_model
 
     config = llada.Config(d_model=32, n_layers=1, n_heads=1, mlp_hidden_size=32, vocab_size=16, max_sequence_length=64)
     base = tmp_path / "base"

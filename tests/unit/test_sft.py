@@ -17,8 +17,8 @@ from rlhub.errors import DataError, RecipeError
 from rlhub.models import dream, llada
 from rlhub.noise import Noise
 from rlhub.records.metrics import read_metrics
-from rlhub.run import train
-from rlhub.sft import cut_at_random, family_weight, supervised_algorithm, supervised_batch, whole_sequences, with_ending
+from rlhub.training.run import train
+from rlhub.training.supervised import cut_at_random, family_weight, supervised_algorithm, supervised_batch, whole_sequences, with_ending
 from rlhub.types import Batch
 from rlhub.views import elbo, supervised
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rlhub.config.schema import Recipe
 from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.records.rollout_log import read_rollouts, rollout_path
-from rlhub.run import train
+from rlhub.training.run import train
 
 pytestmark = pytest.mark.vllm
 
@@ -37,7 +37,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhub.run.write_report", lambda folders: folders[0] / "report.html")
+    monkeypatch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
 
 
 def silent() -> Console:
@@ -55,7 +55,7 @@ def rows(run: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def torch_run(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhub.run.write_report", lambda folders: folders[0] / "report.html")
+        patch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
         return train(tiny(f"run.output_dir={tmp_path_factory.mktemp('torch')}", MODEL), silent())
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhub.algorithm.compose import Algorithm
 from rlhub.algorithm.pairs import PairOrder, Pairs, cache_folder
-from rlhub.pairs.reference_cache import ReferenceCache, cache_key, concatenated, weights_hash
+from rlhub.training.reference_cache import ReferenceCache, cache_key, concatenated, weights_hash
 from rlhub.types import Batch, LogLikelihood
 
 FOLDER = "reference_cache"  # below run.output_dir

@@ -2,17 +2,14 @@
 
 A pair is a group of two samples with rewards (1, 0), so every advantage, view, likelihood and objective takes it as it takes rollouts;
 an unpaired sample is a group of one. The uid of a sample names its row of the data, so noise is keyed by the row and not by the step,
-and the estimates of a frozen reference can be kept (`rlhub.pairs.reference_cache`).
+and the estimates of a frozen reference can be kept (`rlhub.training.reference_cache`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +17,10 @@ import numpy as np
 import torch
 
 from rlhub.algorithm.pairs import Pairs, encode, source_config
-from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config.schema import AlgorithmConfig, Recipe
 from rlhub.errors import DataError
-from rlhub.noise import Noise, sample_uid
-from rlhub.parts import part_config
-from rlhub.pipeline import EVAL, PAIRS, SFT
-from rlhub.tasks.preferences import BadRow, Config, Preference, load_preferences
+from rlhub.tasks.preferences import BadRow, load_preferences
+from rlhub.training.rollouts import EVAL, PAIRS
 from rlhub.types import Batch
 
 PIECE = 64  # held-out pairs that are scored at once

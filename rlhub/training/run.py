@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from rlhub import controller
 from rlhub.checkpoints.adapters import rebase_adapter, write_fresh_adapter
 from rlhub.checkpoints.folders import empty_network, family_of, is_adapter_folder, is_model_folder, published_config
 from rlhub.checkpoints.sealed import resolve_model_path, sealed_checkpoints
@@ -26,15 +25,16 @@ from rlhub.evals import evaluation_task, shared_prompts
 from rlhub.files import replace_text
 from rlhub.networks.rope import extend
 from rlhub.noise import Noise
-from rlhub.pairs import load_pairs, report_bad
 from rlhub.parts import load_part
 from rlhub.planning.plan import format_plan, make_plan
 from rlhub.records.metrics import read_metrics, summarize
 from rlhub.records.progress import RunProgress, summary_panel
 from rlhub.records.trackers import Trackers
 from rlhub.reports.page import write_report
-from rlhub.run_state import Session, StopRequest, last_position
 from rlhub.tasks import load_task, task_tokenizer
+from rlhub.training import controller
+from rlhub.training.pairs import load_pairs, report_bad
+from rlhub.training.session import Session, StopRequest, last_position
 
 PHASES = {"sft": controller.run_sft, "online": controller.run_online, "pairs": controller.run_pairs}
 # Between attempts of one run. Its name is that of its folder, which may have been moved.

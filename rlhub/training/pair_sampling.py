@@ -14,9 +14,10 @@ from rlhub.config.recipe import load_recipe, validate
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, RecipeError, UserError, WorkerLost
 from rlhub.files import replace_text
-from rlhub.pipeline import SAMPLE, evaluation_settings, generate, grade, issue
 from rlhub.records.progress import RunProgress
 from rlhub.tasks import load_task
+from rlhub.training.grading import grade
+from rlhub.training.rollouts import SAMPLE, evaluation_settings, generate, issue
 
 PROMPTS_AT_ONCE = 64
 

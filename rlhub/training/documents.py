@@ -18,8 +18,8 @@ import numpy as np
 
 from rlhub.errors import DataError
 from rlhub.noise import Noise, sample_uid
-from rlhub.pipeline import EVAL, SFT
 from rlhub.tasks import Task
+from rlhub.training.rollouts import EVAL, SFT
 from rlhub.types import Batch
 
 PIECE = 64  # documents that are scored at once
@@ -122,7 +122,7 @@ def document_batch(rows: Sequence[np.ndarray], mask_id: int, phase: int, step: i
 
 def evaluate_documents(crew: Any, recipe: Any, task: Task, tokenizer: Any) -> dict[str, float]:
     """ELBO per token of the first `task.eval_rows` held-out documents, each alone and cut to `sampler.length` tokens."""
-    from rlhub.pairs import eval_algorithm
+    from rlhub.training.pairs import eval_algorithm
 
     documents = [document[: recipe.sampler.length] for document in encode_documents(task, tokenizer)[: recipe.task.eval_rows]]
     if not documents:

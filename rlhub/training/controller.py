@@ -22,11 +22,12 @@ from functools import partial
 from rlhub.algorithm.batching import make_batch
 from rlhub.algorithm.health import rollout_metrics, staleness_metrics
 from rlhub.algorithm.pairs import PairOrder, pair_order
-from rlhub.packing import pack_documents
-from rlhub.pairs.reference import open_reference
-from rlhub.pipeline import ONLINE, Issued, RolloutQueue, demonstration_batch, grade, grade_states, issue, shuffle_grades
-from rlhub.run_state import Session
-from rlhub.sft import cut_at_random, family_weight, supervised_algorithm, supervised_batch
+from rlhub.training.documents import pack_documents
+from rlhub.training.grading import grade, grade_states, shuffle_grades
+from rlhub.training.reference import open_reference
+from rlhub.training.rollouts import ONLINE, Issued, RolloutQueue, issue
+from rlhub.training.session import Session
+from rlhub.training.supervised import cut_at_random, demonstration_batch, family_weight, supervised_algorithm, supervised_batch
 from rlhub.types import Batch
 
 

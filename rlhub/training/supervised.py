@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from rlhub.config.schema import AlgorithmConfig, ModelConfig, SFTConfig
+from rlhub.checkpoints.tokenizers import encode_prompts
+from rlhub.config.schema import AlgorithmConfig, ModelConfig, Recipe, SFTConfig
 from rlhub.errors import DataError
-from rlhub.noise import Noise
-from rlhub.types import Batch
+from rlhub.noise import Noise, sample_uid
+from rlhub.tasks import Task
+from rlhub.training.rollouts import SFT
+from rlhub.types import NEVER, Batch
 
 
 def family_weight(model_path: Path) -> str:
@@ -102,3 +106,39 @@ def cut_at_random(batch: Batch, share: float, noise: Noise, step: int) -> Batch:
         return batch
     longest = int(batch.span.max())
     return replace(batch, span=np.minimum(batch.span, 1 + min(int(where * longest), longest - 1)))
+
+
+def demonstration_batch(task: Task, tokenizer: Any, recipe: Recipe, step: int) -> Batch:
+    """The supervised batch of one step (1-based): demonstrations followed by EOS up to the canvas length.
+
+    Raises:
+        DataError: a demonstration is missing or longer than the canvas.
+    """
+    size, canvas = recipe.sft.batch_size, recipe.sampler.length
+    first = (step - 1) * size
+    examples = [task.example(first + row) for row in range(size)]
+    missing = [example.row for example in examples if example.demonstration is None]
+    if missing:
+        raise DataError(f"task {task.name} has no demonstration for row {missing[0]}; supervised training needs one for each")
+    prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
+    answers = tokenizer([example.demonstration for example in examples], add_special_tokens=False)["input_ids"]
+    completions = []
+    for example, answer in zip(examples, answers, strict=True):
+        if len(answer) > canvas:
+            raise DataError(f"demonstration of row {example.row} has {len(answer)} tokens, sampler.length is {canvas}; raise it")
+        completions.append(np.array(answer + [tokenizer.eos_token_id] * (canvas - len(answer)), dtype=np.int32))
+    length = np.array([min(len(answer) + 1, canvas) for answer in answers])
+    span = np.full(size, canvas) if recipe.algorithm.length == "canvas" else length
+    return Batch(
+        uid=np.array([sample_uid(SFT, step, row, 0) for row in range(size)], dtype=np.uint64),
+        group=np.arange(size),
+        prompts=prompts,
+        completions=completions,
+        length=length,
+        span=span,
+        rewards=np.ones((size, 1)),
+        member=np.zeros(size, dtype=np.int64),
+        mask_id=tokenizer.mask_token_id,
+        unmask_step=[np.full(canvas, NEVER, dtype=np.int16)] * size,
+        block_length=recipe.sampler.block_length,
+    )

@@ -22,14 +22,14 @@ from rlhub.config.schema import AlgorithmConfig, OptimizerConfig, Recipe
 from rlhub.errors import UserError
 from rlhub.evals import evaluate
 from rlhub.noise import Noise
-from rlhub.packing import evaluate_documents
-from rlhub.pairs import PairData, evaluate_pairs
-from rlhub.pipeline import Issued
 from rlhub.records.metrics import SpanClock, busy_union, idle_share
 from rlhub.records.progress import RunProgress
 from rlhub.records.rollout_log import dump_rollouts, rollout_path, token_namer, token_strings
 from rlhub.records.trackers import Trackers
 from rlhub.tasks import Task
+from rlhub.training.documents import evaluate_documents
+from rlhub.training.pairs import PairData, evaluate_pairs
+from rlhub.training.rollouts import Issued
 from rlhub.types import Rollout
 
 SAMPLES_SHOWN = 32  # rollouts kept in each dump
