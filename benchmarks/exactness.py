@@ -34,8 +34,8 @@ def main(run: Path, rollouts: int, samplers: tuple[str, ...], temperatures: tupl
     from rlhub.checkpoints.tokenizers import encode_prompts, load_tokenizer
     from rlhub.checkpoints.weights import load_network
     from rlhub.config.recipe import load_recipe
+    from rlhub.config.tasks import evaluation_task
     from rlhub.engines.torch_engine import Engine
-    from rlhub.evals import evaluation_task
     from rlhub.noise import Noise
     from rlhub.types import Request
 

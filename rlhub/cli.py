@@ -130,7 +130,7 @@ def evaluate(
         _evaluate_grid(path, overrides, recipe_path, out, as_json)
         return
     if choices is None:
-        from rlhub.evals import evaluate_checkpoint
+        from rlhub.evals.checkpoint import evaluate_checkpoint
 
         results = evaluate_checkpoint(path, list(overrides), recipe_path)
     else:
@@ -145,7 +145,7 @@ def _evaluate_choices(path: Path, data: str, overrides: tuple[str, ...], out: Pa
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from rlhub import likelihood_eval
+    from rlhub.evals import likelihood as likelihood_eval
     from rlhub.parts import part_config
     from rlhub.records.progress import RunProgress
 
@@ -288,7 +288,7 @@ def split_prompts(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _evaluate_grid(path: Path, arguments: Sequence[str], recipe_path: str | None, out: Path | None, as_json: bool) -> None:
     from rich.console import Console
 
-    from rlhub.eval_grid import grid_view, run_grid
+    from rlhub.evals.grid import grid_view, run_grid
 
     grid = run_grid(path, arguments, recipe_path, out, Console(stderr=as_json))
     if as_json:

@@ -52,7 +52,7 @@ def test(name: str, options: tuple[str, ...], data: Path, columns: str, deadline
       rlhub reward test countdown --data out.jsonl answer=whole --deadline 2 --processes 2 --json
       rlhub reward test grader.py:brevity --data out.jsonl --columns completion=output,label=is_correct
     """
-    from rlhub.reward_trial import grade_file, report_view
+    from rlhub.evals.reward_trial import grade_file, report_view
 
     config = RewardPoolConfig(deadline_seconds=deadline, processes=processes)
     report = grade_file(reward_part(name, options), str(data), columns, config)

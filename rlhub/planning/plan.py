@@ -222,7 +222,7 @@ def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast | None:
 def _read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None) -> tuple[Prompts, list[str]]:
     """Prompt lengths from the data itself, and what is to be said about the data."""
     from rlhub.checkpoints.tokenizers import encode_prompts
-    from rlhub.evals import evaluation_task
+    from rlhub.config.tasks import evaluation_task
     from rlhub.tasks import load_task
 
     task, notes = recipe.task, []

@@ -20,8 +20,8 @@ from rlhub.checkpoints.weights import save_network
 from rlhub.config.checks import check_devices
 from rlhub.config.recipe import dump_recipe, load_recipe, validate
 from rlhub.config.schema import Recipe, RopeConfig
+from rlhub.config.tasks import evaluation_task
 from rlhub.errors import CheckpointError, RecipeError, UserError, WorkerLost
-from rlhub.evals import evaluation_task, shared_prompts
 from rlhub.files import replace_text
 from rlhub.networks.rope import extend
 from rlhub.noise import Noise
@@ -33,6 +33,7 @@ from rlhub.records.trackers import Trackers
 from rlhub.reports.page import write_report
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.training import controller
+from rlhub.training.held_out import shared_prompts
 from rlhub.training.pairs import load_pairs, report_bad
 from rlhub.training.session import Session, StopRequest, last_position
 

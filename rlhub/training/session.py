@@ -20,7 +20,6 @@ from rlhub.algorithm.replay import TOLERANCE, choose_rollouts, gap_warning
 from rlhub.checkpoints.sealed import checkpoint_name, read_manifest, remove_old_checkpoints, sealed_checkpoints, write_manifest
 from rlhub.config.schema import AlgorithmConfig, OptimizerConfig, Recipe
 from rlhub.errors import UserError
-from rlhub.evals import evaluate
 from rlhub.noise import Noise
 from rlhub.records.metrics import SpanClock, busy_union, idle_share
 from rlhub.records.progress import RunProgress
@@ -28,6 +27,7 @@ from rlhub.records.rollout_log import dump_rollouts, rollout_path, token_namer, 
 from rlhub.records.trackers import Trackers
 from rlhub.tasks import Task
 from rlhub.training.documents import evaluate_documents
+from rlhub.training.held_out import evaluate
 from rlhub.training.pairs import PairData, evaluate_pairs
 from rlhub.training.rollouts import Issued
 from rlhub.types import Rollout

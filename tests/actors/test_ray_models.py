@@ -23,7 +23,7 @@ from rlhub.checkpoints.export import export
 from rlhub.checkpoints.sealed import load_network, save_network
 from rlhub.config.schema import Recipe
 from rlhub.errors import UserError
-from rlhub.evals import evaluate_checkpoint
+from rlhub.evals.checkpoint import evaluate_checkpoint
 from rlhub.networks.layout import pack_layout
 from rlhub.networks.lora import training_state
 from rlhub.parts import load_part

@@ -29,7 +29,7 @@ from rlhub.checkpoints.sealed import load_network, save_network
 from rlhub.config.schema import LearnerConfig, OptimizerConfig, Recipe
 from rlhub.engines.torch_engine import Engine
 from rlhub.errors import RecipeError, SyncError, UserError, WorkerLost
-from rlhub.evals import evaluate_checkpoint
+from rlhub.evals.checkpoint import evaluate_checkpoint
 from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.records.metrics import read_metrics, without_clocks

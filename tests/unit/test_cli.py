@@ -168,7 +168,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 def test_eval_prints_what_it_measured(monkeypatch):
     seen = []
-    replace(monkeypatch, "rlhub.evals", evaluate_checkpoint=lambda *arguments: seen.append(arguments) or {"accuracy": 0.5})
+    replace(monkeypatch, "rlhub.training.held_out", evaluate_checkpoint=lambda *arguments: seen.append(arguments) or {"accuracy": 0.5})
     assert json.loads(run("eval", "runs/a", "task.eval_rows=4", "--recipe", "r.yaml", "--json").stdout) == {"accuracy": 0.5}
     assert "accuracy" in run("eval", "runs/a").stdout
     assert seen == [(Path("runs/a"), ["task.eval_rows=4"], "r.yaml"), (Path("runs/a"), [], None)]

@@ -17,8 +17,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from rlhub.config.schema import Recipe
+from rlhub.config.tasks import evaluation_task
 from rlhub.errors import CheckpointError, DataError, RecipeError, UserError, WorkerHung, WorkerLost
-from rlhub.evals import evaluate_checkpoint, evaluation_task
+from rlhub.evals.checkpoint import evaluate_checkpoint
 from rlhub.noise import Noise
 from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.records.progress import RunProgress

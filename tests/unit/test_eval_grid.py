@@ -14,7 +14,7 @@ from PIL import Image
 
 from rlhub.cli import main
 from rlhub.config.schema import Recipe
-from rlhub.eval_grid import pareto_front
+from rlhub.evals.grid import pareto_front
 from rlhub.records.metrics import wilson_interval
 from rlhub.training.run import train
 

@@ -15,11 +15,11 @@ import torch
 from click.testing import CliRunner
 
 import rlhub
-from rlhub import likelihood_eval
 from rlhub.checkpoints.weights import save_network
 from rlhub.cli import main
 from rlhub.errors import DataError, UserError
-from rlhub.likelihood_eval import Config, Item, evaluate_choices, parse_choices, read_items, score_items, summarize
+from rlhub.evals import likelihood as likelihood_eval
+from rlhub.evals.likelihood import Config, Item, evaluate_choices, parse_choices, read_items, score_items, summarize
 from rlhub.models import sdar
 from rlhub.models.llada import Config as LLaDAConfig
 from rlhub.models.llada import LLaDA

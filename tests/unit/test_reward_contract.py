@@ -20,10 +20,10 @@ from rewards import Grader, WrongCount, load_grader
 from rewards._grader import from_json, to_json
 from rlhub.algorithm.health import rollout_metrics
 from rlhub.config.schema import Recipe
-from rlhub.evals import evaluate
 from rlhub.records.metrics import read_metrics
 from rlhub.records.rollout_log import dump_rollouts, read_rollouts
 from rlhub.training.grading import grade
+from rlhub.training.held_out import evaluate
 from rlhub.training.rollouts import Issued
 from rlhub.training.run import train
 from rlhub.training.session import Session
@@ -460,8 +460,8 @@ def test_means_of_parts_leave_failures_out_and_hits_are_counted() -> None:
 
 def test_accuracy_is_the_main_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     issued, rollouts, tokenizer = rollouts_of([3, 3, 2, 3])
-    monkeypatch.setattr("rlhub.evals.issue", lambda *arguments: issued)
-    monkeypatch.setattr("rlhub.evals.generate", lambda *arguments: rollouts)
+    monkeypatch.setattr("rlhub.training.held_out.issue", lambda *arguments: issued)
+    monkeypatch.setattr("rlhub.training.held_out.generate", lambda *arguments: rollouts)
     task = SimpleNamespace(size=4, description="four", fingerprint=lambda: "0" * 16)
     recipe = Recipe()
     recipe.eval_temperatures = [0.0]

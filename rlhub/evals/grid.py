@@ -28,12 +28,13 @@ from rich.text import Text
 
 from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.errors import DataError, RecipeError, UserError
-from rlhub.evals import evaluation_crew, evaluation_recipe, measure, num_test_problems
+from rlhub.evals.checkpoint import evaluation_crew, evaluation_recipe
 from rlhub.files import plain, replace_text
 from rlhub.parts import load_part, part_config
 from rlhub.records.metrics import wilson_interval
 from rlhub.records.progress import RunProgress, accuracy_text
 from rlhub.reports.plots import COLORS, INK, STYLE, Plot
+from rlhub.training.held_out import measure, num_test_problems
 
 SCHEMA = 1
 NAME = "eval_grid.json"

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlhub.config.recipe import load_recipe, validate
 from rlhub.config.schema import Recipe, SamplerConfig
-from rlhub.errors import RecipeError, UserError, WorkerLost
-from rlhub.tasks import Task, load_task
+from rlhub.tasks import Task
 from rlhub.training.grading import grade
 from rlhub.training.rollouts import EVAL, evaluation_settings, generate, issue
 
@@ -24,12 +19,6 @@ PIECE = 512  # problems issued at once
 def accuracy_key(temperature: float) -> str:
     """`eval/accuracy` for greedy decoding, `eval/accuracy_t1` for temperature 1, and so on."""
     return "eval/accuracy" if temperature == 0 else f"eval/accuracy_t{temperature:g}"
-
-
-def evaluation_task(recipe: Recipe) -> Task:
-    """The held-out split: the training options overridden by those of `task.eval`. It does not depend on the run's seed, so that
-    runs with different seeds are measured on the same problems."""
-    return load_task(recipe.task.name, {**recipe.task.train, **recipe.task.eval}, "test", seed=0)
 
 
 def shared_prompts(train_task: Task, test_task: Task) -> int:
@@ -111,62 +100,3 @@ def evaluate(crew: Any, recipe: Recipe, task: Task, tokenizer: Any) -> dict[str,
         "eval/test_set": task.description,
         "eval/test_hash": task.fingerprint()[:16],
     }
-
-
-def evaluate_checkpoint(path: Path, overrides: list[str] | None = None, recipe_path: str | None = None) -> dict[str, Any]:
-    """Evaluate a model folder, a checkpoint or the newest checkpoint of a run, in this process or on the recipe's roles.
-
-    Raises:
-        RecipeError: no recipe is given and the checkpoint lies in no run folder.
-        CheckpointError: there is nothing to load.
-        UserError: a generator kept dying; the message says which.
-    """
-    recipe, model_path = evaluation_recipe(path, overrides or [], recipe_path)
-    with evaluation_crew(recipe, model_path) as (crew, task, tokenizer):
-        return evaluate(crew, recipe, task, tokenizer)
-
-
-def evaluation_recipe(path: Path, overrides: list[str], recipe_path: str | None = None) -> tuple[Recipe, Path]:
-    """The recipe to evaluate a model, a checkpoint or a run with, for generators alone, and the folder of the model.
-
-    Raises:
-        RecipeError: no recipe is given and the checkpoint lies in no run folder, or it has nothing to grade with.
-        CheckpointError: there is nothing to load.
-    """
-    from rlhub.checkpoints.sealed import resolve_model_path
-
-    model_path = resolve_model_path(Path(path))
-    if recipe_path is None:
-        candidates = [folder / "config.yaml" for folder in (model_path, *model_path.parents)]
-        found = [candidate for candidate in candidates if candidate.exists()]
-        if not found:
-            raise RecipeError(f"{path} lies in no run folder; say which task with --recipe RECIPE")
-        recipe_path = str(found[0])
-    recipe = load_recipe(recipe_path, overrides)
-    validate(recipe)
-    if recipe.task.reward["name"] == "none":
-        raise RecipeError("task.reward.name: none, so there is nothing to grade; name a module of rewards, and set roles.generators=1")
-    # Generators alone: they load the model themselves, and so they do when one of them has to be rebuilt.
-    recipe.roles.scorers, recipe.roles.learners, recipe.learner.backend = 0, 0, "torch"
-    recipe.model.path = str(model_path)
-    return recipe, model_path
-
-
-@contextmanager
-def evaluation_crew(recipe: Recipe, model_path: Path) -> Iterator[tuple[Any, Task, Any]]:
-    """The workers of an evaluation, its task and tokenizer.
-
-    Raises:
-        UserError: a generator kept dying; the message says which.
-    """
-    from rlhub.checkpoints.tokenizers import load_tokenizer
-    from workers.placement import assemble
-
-    tokenizer, task = load_tokenizer(str(model_path)), evaluation_task(recipe)
-    crew = assemble(recipe, model_path)
-    try:
-        yield crew, task, tokenizer
-    except WorkerLost as error:
-        raise UserError(str(error)) from error
-    finally:
-        crew.close()

@@ -1,0 +1,12 @@
+"""The tasks that a recipe names."""
+
+from __future__ import annotations
+
+from rlhub.config.schema import Recipe
+from rlhub.tasks import Task, load_task
+
+
+def evaluation_task(recipe: Recipe) -> Task:
+    """The held-out split: the training options overridden by those of `task.eval`. It does not depend on the run's seed, so that
+    runs with different seeds are measured on the same problems."""
+    return load_task(recipe.task.name, {**recipe.task.train, **recipe.task.eval}, "test", seed=0)

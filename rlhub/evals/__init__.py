@@ -1,0 +1,1 @@
+"""What `rlhub eval` and `rlhub reward test` do."""
