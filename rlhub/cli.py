@@ -271,7 +271,7 @@ def experiment(path: Path, output: Path | None) -> None:
       rlhub experiment recipes/experiments/quickstart.yaml
       rlhub experiment recipes/experiments/ablation_espo.yaml --output runs/ablation
     """
-    from rlhub.experiment import run_experiment
+    from rlhub.studies.experiment import run_experiment
 
     click.echo(run_experiment(path, output))
 

@@ -41,8 +41,8 @@ def variance(recipe: str, overrides: tuple[str, ...], as_json: bool, **request: 
     from rich.console import Console
 
     from rlhub.config.recipe import load_recipe
-    from rlhub.variance.measure import Request, show
-    from rlhub.variance.measure import variance as measure
+    from rlhub.studies.variance.measure import Request, show
+    from rlhub.studies.variance.measure import variance as measure
 
     result = measure(load_recipe(recipe, overrides), Request(**request), Console(stderr=True))
     if as_json:

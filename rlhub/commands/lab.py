@@ -26,7 +26,7 @@ def lab(name: str | None, overrides: tuple[str, ...], out: Path | None, as_json:
     """
     from rich.console import Console
 
-    from rlhub.lab import claims, run_lab, show
+    from rlhub.studies.lab import claims, run_lab, show
 
     if name is None:
         width = max(map(len, known := claims()))

@@ -16,10 +16,8 @@ from rlhub.cli import main
 from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import Noise
 from rlhub.oracle import forward
-from rlhub.tasks._vocabulary import word_level
-from rlhub.types import Batch
-from rlhub.variance.estimates import Exact, best_edges, cell_values, components, replicate_variance
-from rlhub.variance.laboratory import (
+from rlhub.studies.variance.estimates import Exact, best_edges, cell_values, components, replicate_variance
+from rlhub.studies.variance.laboratory import (
     CELLS,
     Draws,
     Laboratory,
@@ -32,7 +30,9 @@ from rlhub.variance.laboratory import (
     pools_of,
     small_problem,
 )
-from rlhub.variance.measure import trajectory
+from rlhub.studies.variance.measure import trajectory
+from rlhub.tasks._vocabulary import word_level
+from rlhub.types import Batch
 from rlhub.views import adaptive, coupled, elbo, time_form
 
 BETA = 0.2

@@ -9,7 +9,7 @@ import yaml
 
 from rlhub.config.recipe import load_recipe
 from rlhub.errors import RecipeError
-from rlhub.experiment import load_experiment, mean_interval, run_experiment
+from rlhub.studies.experiment import load_experiment, mean_interval, run_experiment
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

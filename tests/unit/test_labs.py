@@ -16,9 +16,13 @@ from click.testing import CliRunner
 from rewards import digit_class
 from rlhub.cli import main
 from rlhub.errors import RecipeError
-from rlhub.lab import run_lab
-from rlhub.lab_training import batch_of, tiny_llada
-from rlhub.labs import (
+from rlhub.noise import Noise
+from rlhub.parts import load_part, part_names
+from rlhub.records.progress import RunProgress
+from rlhub.samplers import MASK_RATIO
+from rlhub.studies.lab import run_lab
+from rlhub.studies.lab_training import batch_of, tiny_llada
+from rlhub.studies.labs import (
     Arm,
     Check,
     Verdict,
@@ -34,13 +38,9 @@ from rlhub.labs import (
     run_arms,
     vrpo_sharing,
 )
-from rlhub.noise import Noise
-from rlhub.parts import load_part, part_names
-from rlhub.records.progress import RunProgress
-from rlhub.samplers import MASK_RATIO
+from rlhub.studies.variance.estimates import Exact
 from rlhub.tasks import digits as digits_data
 from rlhub.tasks import load_task, task_tokenizer
-from rlhub.variance.estimates import Exact
 from rlhub.views import mask_ratio
 
 YES, NO, OPEN = (Check("condition", passed, "") for passed in (True, False, None))

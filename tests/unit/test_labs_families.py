@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from rlhub.lab import run_lab
-from rlhub.labs import block_masks, editing_repairs, moe_against_dense, packing_masks, passkey_ntk, shift_adapter
 from rlhub.networks.layout import pack_layout
+from rlhub.studies.lab import run_lab
+from rlhub.studies.labs import block_masks, editing_repairs, moe_against_dense, packing_masks, passkey_ntk, shift_adapter
 
 SMALLEST = {
     "block_masks": ["seeds=[0]", "rows=2", "length=6", "draws=1", "rollouts=2"],

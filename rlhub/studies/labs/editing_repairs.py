@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from rlhub.algorithm.batching import micro_batches
 from rlhub.algorithm.scoring import micro_batch_log_probs
 from rlhub.config.schema import SamplerConfig
-from rlhub.lab_training import SFT, batch_of, counted, sample, train
-from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.models import llada2
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
+from rlhub.studies.lab_training import SFT, batch_of, counted, sample, train
+from rlhub.studies.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.types import Request, Rollout, Views
 from rlhub.views._rows import Row, build_views, fit_blocks
 

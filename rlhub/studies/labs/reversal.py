@@ -26,11 +26,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from rlhub.config.schema import OptimizerConfig, SamplerConfig
-from rlhub.lab_training import batch_of, causal_layout, masked_loss, sample, tiny_llada, train
-from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
+from rlhub.studies.lab_training import batch_of, causal_layout, masked_loss, sample, tiny_llada, train
+from rlhub.studies.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.types import Batch
 from rlhub.views import elbo
 

@@ -29,8 +29,7 @@ from rlhub.errors import UserError
 from rlhub.likelihoods import sequence_draws
 from rlhub.noise import Noise
 from rlhub.parts import load_part
-from rlhub.types import Batch, Views
-from rlhub.variance.estimates import (
+from rlhub.studies.variance.estimates import (
     Exact,
     best_edges,
     cell_values,
@@ -40,6 +39,7 @@ from rlhub.variance.estimates import (
     loss_excess,
     replicate_variance,
 )
+from rlhub.types import Batch, Views
 from rlhub.views import adaptive, mask_level
 from rlhub.views._rows import Row, build_views
 

@@ -30,12 +30,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from rlhub.checkpoints.weights import load_network, save_network
-from rlhub.lab_training import SFT, batch_of, causal_layout, counted, masked_loss, train
-from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.models import dream
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
+from rlhub.studies.lab_training import SFT, batch_of, causal_layout, counted, masked_loss, train
+from rlhub.studies.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.types import Batch
 from rlhub.views import elbo
 

@@ -24,13 +24,13 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from rlhub.config.schema import RopeConfig, SamplerConfig
-from rlhub.lab_training import SFT, batch_of, counted, masked_loss, sample, train
-from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.models import llada
 from rlhub.networks.rope import extend
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
+from rlhub.studies.lab_training import SFT, batch_of, counted, masked_loss, sample, train
+from rlhub.studies.labs import Arm, Check, Tick, Verdict, above, run_arms
 from rlhub.types import Batch
 from rlhub.views import elbo
 

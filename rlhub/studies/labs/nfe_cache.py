@@ -19,10 +19,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from rlhub.config.schema import SamplerConfig
-from rlhub.lab_training import sample, tiny_llada
-from rlhub.labs import Arm, Check, Tick, Verdict, run_arms
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
+from rlhub.studies.lab_training import sample, tiny_llada
+from rlhub.studies.labs import Arm, Check, Tick, Verdict, run_arms
 
 KIND = "identity"
 VOCABULARY = 16

@@ -26,14 +26,14 @@ from scipy.special import beta
 from torch import nn
 
 from rlhub.algorithm.scoring import token_log_probs
-from rlhub.labs import Arm, Check, Tick, Verdict, run_arms
 from rlhub.likelihoods import sequence_draws
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
+from rlhub.studies.labs import Arm, Check, Tick, Verdict, run_arms
+from rlhub.studies.variance.estimates import Exact
+from rlhub.studies.variance.laboratory import small_problem
 from rlhub.types import Batch, Views
-from rlhub.variance.estimates import Exact
-from rlhub.variance.laboratory import small_problem
 from rlhub.views import elbo, time_form
 from rlhub.views._rows import Row, build_views
 

@@ -23,14 +23,14 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import nn
 
-from rlhub.lab_training import SFT, batch_of, counted, masked_loss, tiny_llada, train
-from rlhub.labs import Arm, Tick, Verdict, above, not_above, run_arms
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
+from rlhub.studies.lab_training import SFT, batch_of, counted, masked_loss, tiny_llada, train
+from rlhub.studies.labs import Arm, Tick, Verdict, above, not_above, run_arms
+from rlhub.studies.variance.estimates import replicate_variance
+from rlhub.studies.variance.laboratory import CELLS, Draws, Setting, pools_of
 from rlhub.types import Batch
-from rlhub.variance.estimates import replicate_variance
-from rlhub.variance.laboratory import CELLS, Draws, Setting, pools_of
 from rlhub.views import elbo
 
 KIND = "statistical"

@@ -23,14 +23,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from rlhub.config.schema import SamplerConfig
-from rlhub.lab_training import batch_of, sample
-from rlhub.labs import Arm, Check, Tick, Verdict, run_arms
 from rlhub.models import llada2, sdar
 from rlhub.networks.cache import CacheView
 from rlhub.networks.layout import pack_layout
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
+from rlhub.studies.lab_training import batch_of, sample
+from rlhub.studies.labs import Arm, Check, Tick, Verdict, run_arms
 from rlhub.types import Layout, Rollout, Views
 from rlhub.views import elbo
 from rlhub.views._rows import Row, build_views, fit_blocks

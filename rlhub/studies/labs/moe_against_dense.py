@@ -26,13 +26,13 @@ from rlhub.algorithm.batching import micro_batches
 from rlhub.algorithm.routing import LEVELS, auxiliary_loss, masked_share, router_metrics, router_sums
 from rlhub.algorithm.scoring import micro_batch_log_probs
 from rlhub.config.schema import RouterConfig
-from rlhub.lab_training import SFT, batch_of, train
-from rlhub.labs import Arm, Check, Tick, Verdict, above, not_above, run_arms
 from rlhub.models import llada_moe
 from rlhub.networks.experts import Routing, record_routing, routers
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
+from rlhub.studies.lab_training import SFT, batch_of, train
+from rlhub.studies.labs import Arm, Check, Tick, Verdict, above, not_above, run_arms
 from rlhub.types import Batch, Views
 from rlhub.views import elbo
 

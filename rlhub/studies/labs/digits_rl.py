@@ -22,9 +22,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from rlhub.labs import Arm, Check, Tick, Verdict, above, folder_of, run_arms
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
+from rlhub.studies.labs import Arm, Check, Tick, Verdict, above, folder_of, run_arms
 from rlhub.tasks.digits import CLASSES, LEVELS
 
 KIND = "statistical"
@@ -73,7 +73,7 @@ def accuracies(config: Config, path: str, seed: int) -> dict[str, float]:
     from rlhub.checkpoints.sealed import resolve_model_path
     from rlhub.checkpoints.weights import load_network
     from rlhub.config.recipe import load_recipe
-    from rlhub.lab_training import sample
+    from rlhub.studies.lab_training import sample
 
     labels = np.arange(config.images) % CLASSES
     settings = load_recipe(RECIPE, config.overrides).sampler

@@ -1,4 +1,4 @@
-"""Runs an experiment of `rlhub.labs` and writes its folder: `verdict.json`, `plot.png`, `report.md` and the arms it consists of."""
+"""Runs an experiment of `rlhub.studies.labs` and writes its folder: `verdict.json`, `plot.png`, `report.md` and the arms it consists of."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rich.table import Table
 from rlhub.config.recipe import load_options
 from rlhub.errors import RecipeError
 from rlhub.files import plain, replace_text
-from rlhub.labs import Check, Verdict, seconds_of_arms
 from rlhub.parts import load_part, part_names
 from rlhub.records.progress import RunProgress
+from rlhub.studies.labs import Check, Verdict, seconds_of_arms
 
 RECIPES = Path("recipes") / "labs"
 ANSWERS = {True: "yes", False: "no", None: "undecided"}
@@ -41,7 +41,7 @@ def run_lab(name: str, overrides: Sequence[str] = (), out: Path | None = None, c
     """Run what is missing of an experiment, write its folder and return what `verdict.json` holds.
 
     Args:
-        name: a module of `rlhub.labs`, or the dotted path of your own; its settings are those of `recipes/labs/<name>.yaml`.
+        name: a module of `rlhub.studies.labs`, or the dotted path of your own; its settings are those of `recipes/labs/<name>.yaml`.
         out: the folder; `runs/lab_<name>` by default.
 
     Raises:

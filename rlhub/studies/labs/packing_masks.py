@@ -25,11 +25,23 @@ from torch import Tensor, nn
 
 from rlhub.algorithm.batching import micro_batches
 from rlhub.algorithm.scoring import micro_batch_log_probs
-from rlhub.lab_training import SFT, train
-from rlhub.labs import Arm, Check, Tick, Verdict, above, run_arms
-from rlhub.labs.passkey_ntk import ASK, EVERY, KEY, TRAINED, accuracy, difference, draw, extended, haystacks, network_config, trained
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
+from rlhub.studies.lab_training import SFT, train
+from rlhub.studies.labs import Arm, Check, Tick, Verdict, above, run_arms
+from rlhub.studies.labs.passkey_ntk import (
+    ASK,
+    EVERY,
+    KEY,
+    TRAINED,
+    accuracy,
+    difference,
+    draw,
+    extended,
+    haystacks,
+    network_config,
+    trained,
+)
 from rlhub.training.documents import PackedDocuments
 from rlhub.types import Batch, Views
 from rlhub.views._rows import Row, build_views

@@ -22,10 +22,10 @@ from rlhub.checkpoints.weights import load_network
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, UserError
 from rlhub.records.progress import RunProgress
+from rlhub.studies.variance.laboratory import BUDGET, Laboratory, Setting, exact_cells, exact_laws, exact_scores, small_problem
 from rlhub.tasks.preferences import Config as PreferenceConfig
 from rlhub.tasks.preferences import load_preferences
 from rlhub.training.pairs import load_pairs
-from rlhub.variance.laboratory import BUDGET, Laboratory, Setting, exact_cells, exact_laws, exact_scores, small_problem
 
 MANY = 12  # checkpoints of a run that are measured, spread evenly in the logarithm of the step
 FIRST_SCORE = 0.02  # the mean absolute score from which a policy counts as having left its reference
@@ -278,7 +278,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def _write(result: dict[str, Any]) -> None:
-    from rlhub.variance.plot import draw_variance
+    from rlhub.studies.variance.plot import draw_variance
 
     out, policies = Path(result["out"]), result["policies"]
     out.mkdir(parents=True, exist_ok=True)

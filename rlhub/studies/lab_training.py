@@ -1,4 +1,4 @@
-"""What the experiments of `rlhub.labs` share: tiny networks and a supervised loop over rlhub's views, single-threaded in one process."""
+"""What the experiments of `rlhub.studies.labs` share: tiny networks and a supervised loop over rlhub's views, single-threaded in one process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rlhub.algorithm.batching import micro_batches
 from rlhub.algorithm.schedule import learning_rate_factor
 from rlhub.algorithm.scoring import micro_batch_log_probs
 from rlhub.config.schema import OptimizerConfig, SamplerConfig
-from rlhub.labs import Tick
 from rlhub.models import llada
 from rlhub.networks.layout import pack_layout
 from rlhub.noise import Noise, sample_uid
+from rlhub.studies.labs import Tick
 from rlhub.types import Batch, Layout, Request, Rollout
 
 SFT = OptimizerConfig(learning_rate=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=50, schedule="cosine", final_fraction=0.05)

@@ -1,0 +1,1 @@
+"""Experiments of several runs: arms and seeds, the variance of estimates, published claims in the laboratory."""
