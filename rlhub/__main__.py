@@ -1,5 +1,5 @@
 """`python -m rlhub`."""
 
-from rlhub.cli import main
+from rlhub.commands.main import main
 
 main()

@@ -1,1 +1,1 @@
-"""The subcommand groups of `rlhub`, which `rlhub.cli` gathers: bench, lab, model, reward."""
+"""The subcommand groups of `rlhub`, which `rlhub.commands.main` gathers: bench, lab, model, reward."""

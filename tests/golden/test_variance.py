@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from rlhub.checkpoints.sealed import save_network, write_manifest
-from rlhub.cli import main
+from rlhub.commands.main import main
 from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import Noise
 from rlhub.oracle import forward

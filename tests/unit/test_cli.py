@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner, Result
 
-from rlhub.cli import main, split_prompts
+from rlhub.commands.main import main, split_prompts
 from rlhub.errors import CheckpointError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -43,7 +43,7 @@ def test_help_has_examples(command):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; from rlhub.cli import main\n"
+        "import sys; from rlhub.commands.main import main\n"
         "try: main(['--help'])\n"
         "finally: print('loaded:', {'torch', 'ray', 'deepspeed', 'transformers', 'numpy'} & set(sys.modules))"
     )

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import rlhub
 from rlhub.checkpoints.sealed import save_network, write_manifest
-from rlhub.cli import main
+from rlhub.commands.main import main
 from rlhub.config.schema import Recipe
 from rlhub.models import llada, sdar
 from rlhub.models.llada import Config, LLaDA

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from rlhub.cli import main
+from rlhub.commands.main import main
 from rlhub.config.schema import Recipe
 from rlhub.evals.grid import pareto_front
 from rlhub.records.metrics import wilson_interval

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from rewards import digit_class
-from rlhub.cli import main
+from rlhub.commands.main import main
 from rlhub.errors import RecipeError
 from rlhub.noise import Noise
 from rlhub.parts import load_part, part_names

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 import rlhub
 from rlhub.checkpoints.weights import save_network
-from rlhub.cli import main
+from rlhub.commands.main import main
 from rlhub.errors import DataError, UserError
 from rlhub.evals import likelihood as likelihood_eval
 from rlhub.evals.likelihood import Config, Item, evaluate_choices, parse_choices, read_items, score_items, summarize

@@ -18,7 +18,7 @@ from torch import nn
 from rlhub.checkpoints.folders import empty_network
 from rlhub.checkpoints.tensors import INDEX, stored_tensors
 from rlhub.checkpoints.weights import load_network, published_places, save_network
-from rlhub.cli import main
+from rlhub.commands.main import main
 from rlhub.errors import CheckpointError
 from rlhub.networks.layout import pack_layout
 from rlhub.parts import load_part, part_names

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from rlhub.checkpoints.adapters import write_fresh_adapter
 from rlhub.checkpoints.tokenizers import encode_prompts, load_tokenizer
 from rlhub.checkpoints.weights import save_network
-from rlhub.cli import main
+from rlhub.commands.main import main
 from rlhub.errors import CheckpointError
 from rlhub.models.llada import Config, build
 from rlhub.planning.model_report import inspect_model

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from rlhub.cli import main
+from rlhub.commands.main import main
 
 GSM8K = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "gsm8k"
 ROWS = [
@@ -166,7 +166,7 @@ def test_the_official_labels_of_gsm8k():
 
 def test_help_stays_light():
     code = (
-        "import sys; from rlhub.cli import main\n"
+        "import sys; from rlhub.commands.main import main\n"
         "try: main(['reward', 'test', '--help'])\n"
         "finally: print('loaded:', {'torch', 'sympy', 'omegaconf', 'jsonschema', 'rich.table'} & set(sys.modules))"
     )
