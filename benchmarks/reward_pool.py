@@ -55,7 +55,7 @@ def measure() -> dict[str, Any]:
     """All figures; the best of three repeats where it is a rate."""
     from rewards import load_grader
     from rewards.pool.pool import RewardPool
-    from rlhub.config.schema import RewardPoolConfig
+    from rewards.pool.settings import RewardPoolConfig
     from workers.reward import RewardWorker
 
     computing = {"name": f"{__file__}:busy"}
@@ -96,7 +96,7 @@ def best(work: Callable[[], Any]) -> float:
 def served(part: dict[str, Any]) -> Iterator[str]:
     """The URL of a reward server in this process."""
     from rewards.pool.server import serve_until
-    from rlhub.config.schema import RewardPoolConfig
+    from rewards.pool.settings import RewardPoolConfig
 
     loop, stop, urls, ready = asyncio.new_event_loop(), asyncio.Event(), [], threading.Event()
 

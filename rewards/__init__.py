@@ -45,7 +45,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rewards._grader import Grader, Item, Prompt, WrongCount, same_count
+from rewards._grader import Grader, Item, WrongCount, same_count
+from rlhub.types import Prompt
 
 __all__ = ["Grader", "Item", "Prompt", "WrongCount", "check_answer", "column", "extract_answer", "load_grader"]
 

@@ -12,9 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from rlhub.types import RewardResult, RewardStatus
+from rlhub.types import Prompt, RewardResult, RewardStatus
 
-Prompt = str | list[dict[str, str]]
 Item = tuple[Prompt, str, dict[str, Any]]  # prompt, completion, columns
 
 MAX_DETAIL = 2000  # characters; a grader may not flood the logs

@@ -60,7 +60,7 @@ class VllmCheckpoint:
 
 def load_checkpoint(path: str, dtype: str, task: str) -> VllmCheckpoint:
     """Raises ValueError where vLLM is missing or cannot load the checkpoint."""
-    from rlhub.engines.vllm_plugin import ENVIRONMENT, check_vllm
+    from rlhub.vllm_environment import ENVIRONMENT, check_vllm
 
     check_vllm()
     os.environ |= {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}

@@ -1,7 +1,8 @@
 r"""Mathematics: is the final answer of the completion equal to the gold answer?
 
 The answer is found by `rewards.answers.final_answer` (`\boxed{}`, `####`, `<answer>`, "the answer is", "A:", last number in prose).
-Numbers, with thousands, currency, percent, units, fractions and LaTeX around them, are compared exactly by `rewards.answers.numbers`; lists,
+Numbers, with thousands, currency, percent, units, fractions and LaTeX around them, are compared exactly by `rewards.answers.numbers`;
+lists,
 sets, tuples, intervals and assignments element by element; everything symbolic goes to math-verify (Hugging Face), without its alarm, which
 works in a main thread only: deadlines are the reward pool's business. Expressions whose evaluation could explode are not evaluated.
 

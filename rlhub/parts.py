@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhub.errors import RecipeError
 
-_PACKAGES = {"rewards": "rewards", "transports": "workers.transports"}  # every other folder lies in rlhub
+_PACKAGES = {"rewards": "rewards", "transports": "workers.transports", "labs": "rlhub.studies.labs"}  # every other folder lies in rlhub
 
 
 class KeyedError(RecipeError):

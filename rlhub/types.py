@@ -21,6 +21,8 @@ Kind = Literal["exact", "lower", "upper", "proxy"]
 Granularity = Literal["sequence", "token", "step"]
 RewardStatus = Literal["ok", "unparsed", "timeout", "crashed", "rejected"]
 
+Prompt = str | list[dict[str, str]]  # text, or chat messages `[{"role": ..., "content": ...}]`
+
 NEVER = -1  # unmask_step of a position that was never filled
 
 

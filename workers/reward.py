@@ -8,7 +8,7 @@ from typing import Any
 
 from rewards import Item
 from rewards.pool.pool import RewardPool
-from rlhub.config.schema import RewardPoolConfig
+from rewards.pool.settings import RewardPoolConfig
 from rlhub.types import RewardResult
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewards._grader import Prompt
+from rlhub.types import Prompt
 
 
 class Unusable(ValueError):

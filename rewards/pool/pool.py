@@ -23,7 +23,7 @@ from rewards._grader import Item
 from rewards.pool.cache import GradeCache
 from rewards.pool.child import TOGETHER
 from rewards.pool.process import START_SECONDS, Failure, RewardProcess
-from rlhub.config.schema import RewardPoolConfig
+from rewards.pool.settings import RewardPoolConfig
 from rlhub.types import RewardResult
 
 log = logging.getLogger("rlhub")

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from rewards.pool.child import IDLE, LENGTH, PROGRESS
-from rlhub.config.schema import RewardPoolConfig
+from rewards.pool.settings import RewardPoolConfig
 from rlhub.errors import UserError
 
 START_SECONDS = 120.0  # for a process to load its grader

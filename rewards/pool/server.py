@@ -15,7 +15,7 @@ from aiohttp import web
 
 from rewards._grader import Item, to_json
 from rewards.pool.pool import RewardPool
-from rlhub.config.schema import RewardPoolConfig
+from rewards.pool.settings import RewardPoolConfig
 from rlhub.errors import UserError
 
 MAX_BYTES = 64 * 2**20  # of one request

@@ -16,12 +16,9 @@ import numpy as np
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError
-from rlhub.noise import Noise, sample_uid
+from rlhub.noise import PAIRS, SFT, Noise, sample_uid
 from rlhub.parts import part_config
 from rlhub.tasks.preferences import BadRow, Config, Preference
-from rlhub.training.pairs import ROW_BITS
-from rlhub.training.reference import FOLDER
-from rlhub.training.rollouts import PAIRS, SFT
 from rlhub.types import Batch
 
 
@@ -249,4 +246,7 @@ def cache_folder(recipe: Recipe) -> Path | None:
     asked, algorithm = recipe.pairs.reference_cache, recipe.algorithm
     if asked == "none" or algorithm.reference != "frozen" or algorithm.fresh_views not in ("epoch", "never"):
         return None
-    return Path(recipe.run.output_dir) / FOLDER if asked == "auto" else Path(asked)
+    return Path(recipe.run.output_dir) / "reference_cache" if asked == "auto" else Path(asked)
+
+
+ROW_BITS = 24  # of the row field of a uid

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhub.errors import CheckpointError, DataError
+from rlhub.tasks._vocabulary import SPECIAL_TOKENS
+from rlhub.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-SPECIAL_TOKENS = {"mask_token": "[MASK]", "eos_token": "[EOS]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
-
-Prompt = str | list[dict[str, str]]
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from rlhub.config.schema import RewardPoolConfig
+from rewards.pool.settings import RewardPoolConfig
 from rlhub.errors import UserError
 
 deadline = click.option(

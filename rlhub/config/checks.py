@@ -9,11 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhub.config.schema import Part, Recipe, SamplerConfig
 from rlhub.errors import RecipeError
 from rlhub.parts import KeyedError, did_you_mean, load_part, one_line, part_config, part_names, show
+
+if TYPE_CHECKING:
+    pass
 
 # A part: its folder, the key that names it, and the keys that hold its options. Naming another part drops the options set before.
 PARTS = [
@@ -74,7 +77,7 @@ def check_devices(recipe: Recipe) -> None:
         RecipeError: something is missing.
     """
     if recipe.roles.engine == "vllm" and "RAY_ADDRESS" not in os.environ:
-        from rlhub.engines.vllm_plugin import check_vllm
+        from rlhub.vllm_environment import check_vllm
 
         check_vllm()
     if recipe.model.path and not Path(recipe.model.path).is_dir():
@@ -241,7 +244,6 @@ def _check_sampler(recipe: Recipe) -> None:
 def _check_engine(recipe: Recipe) -> None:
     if recipe.roles.engine != "vllm":
         return
-    from rlhub.engines.vllm_plugin import check_settings
 
     if recipe.run.runtime != "ray":
         raise KeyedError("vllm needs a process of its own, apart from the learner's; use run.runtime: ray", "roles.engine")
@@ -521,3 +523,11 @@ def _nearest(value: int, fits: Any, highest: int | None = None) -> str:
     below = next((number for number in range(value, 0, -1) if fits(number)), None)
     above = next((number for number in range(value, (highest or 2 * value + 1) + 1) if fits(number)), None)
     return " or ".join(str(number) for number in dict.fromkeys((below, above)) if number)
+
+
+def check_settings(settings: SamplerConfig) -> None:
+    """Raises ValueError for settings of a sampler that the engine does not serve, beginning with their key."""
+    if settings.guidance:
+        raise ValueError("sampler.guidance: the engine vllm does not run a row twice; use roles.engine: torch, or sampler.guidance: 0")
+    if settings.cache != "exact":
+        raise ValueError(f"sampler.cache: {settings.cache} is the torch engine's; use roles.engine: torch, or sampler.cache: exact")

@@ -1,9 +1,14 @@
-"""The recipe's schema: typed sections, one home for every default. `rlhub.config.recipe` reads it from YAML, `rlhub.config.checks` says what fits."""
+"""The recipe's schema: typed sections, one home for every default.
+
+`rlhub.config.recipe` reads it from YAML, `rlhub.config.checks` says what fits together.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+from rewards.pool.settings import RewardPoolConfig
 
 Part = dict[str, Any]  # {"name": module, **options of that module's Config}
 
@@ -213,16 +218,6 @@ class SyncConfig:
     bucket_megabytes: float = 64.0
     timeout_seconds: float = 60.0
     in_flight: bool = False  # with max_staleness: push weights into running generation, instead of waiting until its batches are done
-
-
-@dataclass
-class RewardPoolConfig:
-    deadline_seconds: float = 10.0  # per item, or per call of a reward that grades in batches
-    batch_size: int = 64  # items that travel together
-    processes: int = 1  # grading processes of each reward worker
-    memory_megabytes: int = 4096  # resident memory of a grading process; one that takes more is ended
-    retries: int = 1  # of an item whose process died; one that passed its deadline is not tried again
-    cache: str = "none"  # of valid grades: none | memory | a folder, which may be shared by workers and runs
 
 
 @dataclass

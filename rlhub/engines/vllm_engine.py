@@ -1,6 +1,7 @@
 """The rollout engine on vLLM: its scheduler, continuous batching and paged keys and values around the same sampler and noise.
 
-vLLM decides what runs in a step and computes attention (`rlhub.engines.vllm_plugin`); from hidden states on, drawing, selection and records are
+vLLM decides what runs in a step and computes attention (`rlhub.engines.vllm_plugin`); from hidden states on, drawing, selection and records
+are
 those of `torch_engine`, so the same keys give the same rollouts up to rounding, whatever is batched, preempted or found in the prefix
 cache. The engine runs in the caller's process and computes with the caller's network: new weights there are new weights here.
 
@@ -21,13 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhub.config.checks import check_settings
 from rlhub.config.schema import SamplerConfig
 from rlhub.engines.forward import Slots
 from rlhub.engines.torch_engine import Rows, check_context
-from rlhub.engines.vllm_plugin import ENVIRONMENT, check_model, check_settings, check_vllm, register
+from rlhub.engines.vllm_plugin import check_model, register
 from rlhub.errors import UserError
 from rlhub.noise import Noise
 from rlhub.types import Request, Rollout
+from rlhub.vllm_environment import ENVIRONMENT, check_vllm
 
 # Tokens of one step; a step holds whole canvases and prompts. Beyond this a GPU computes no faster, and memory for activations grows.
 TOKENS_AT_ONCE = {"cpu": 8192, "gpu": 1 << 15}
@@ -41,7 +44,7 @@ class Engine:
     Args:
         model: a family of the common decoder (`rlhub.networks.decoder`).
         max_rows: requests at work at once; the others wait.
-        layout: how tokens attend, see `rlhub.engines.vllm_plugin.model.Driver`. None: as the family was trained; anything else is another law.
+        layout: how tokens attend, see `vllm_plugin.state.Driver`. None: as the family was trained; anything else is another law.
         block_length: of the layouts `block` and `response`; None: the family's. `sampler.block_length` must be the same.
         kv_bytes: memory for keys and values. When it runs out, requests are preempted and resumed later, with the same result.
 
@@ -66,7 +69,7 @@ class Engine:
         os.environ |= {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
         _check_model(model, self.layout, self.block_length, self.device.type == "cpu")
         register()
-        from rlhub.engines.vllm_plugin.model import Driver
+        from rlhub.engines.vllm_plugin.state import Driver
 
         longest = model.max_length
         self.driver = Driver(model, self.layout, longest if self.layout == "full" else self.block_length)

@@ -31,11 +31,10 @@ from rlhub.algorithm.scoring import token_log_probs
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.errors import DataError, UserError
 from rlhub.likelihoods import sequence_draws
-from rlhub.noise import Noise, sample_uid
+from rlhub.noise import EVAL, Noise, sample_uid
 from rlhub.parts import load_part
 from rlhub.records.progress import RunProgress
 from rlhub.tasks import load_task
-from rlhub.training.rollouts import EVAL
 from rlhub.types import Batch, Credit, Example
 from rlhub.views import all_masks, chain, model_blocks
 from rlhub.views._rows import fit_blocks
@@ -117,8 +116,8 @@ def evaluate_choices(path: Path, config: Config, out: Path | None = None, progre
         UserError: `out` holds results of another model, of other data or settings.
         DataError: the data cannot be read, or an item does not fit the model.
     """
-    from rlhub.api import load_model
     from rlhub.checkpoints.sealed import resolve_model_path
+    from rlhub.inference import load_model
     from rlhub.training.reference_cache import weights_hash
 
     folder = resolve_model_path(Path(path))

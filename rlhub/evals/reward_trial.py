@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rewards import Item
 from rewards.pool.pool import RewardPool
-from rlhub.config.schema import RewardPoolConfig
+from rewards.pool.settings import RewardPoolConfig
 from rlhub.errors import DataError, UserError
 from rlhub.tasks.jsonl import read_jsonl
 from rlhub.types import RewardResult, RewardStatus

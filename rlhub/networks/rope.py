@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from rlhub.config.schema import RopeConfig
+if TYPE_CHECKING:
+    from rlhub.config.schema import RopeConfig
+
 
 Config = TypeVar("Config")
 CONTEXT_FIELDS = ("max_sequence_length", "max_position_embeddings")  # the context's name in the families' configs

@@ -68,8 +68,8 @@ def show_sample(
     Raises:
         UserError: there is no prompt, or the settings do not fit together.
     """
-    from rlhub.api import generate_with, load_model
     from rlhub.checkpoints.sealed import resolve_model_path
+    from rlhub.inference import generate_with, load_model
 
     path = Path(path)
     run_dir, folder = run_folder(path), resolve_model_path(path)

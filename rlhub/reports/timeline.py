@@ -1,6 +1,7 @@
 """The denoising of completions as pictures: states step by step, for the terminal and for a page with a slider.
 
-Everything is drawn from rows of `rlhub.records.rollout_log`, so that what a run logged and what `rlhub sample` generates look the same. Colours
+Everything is drawn from rows of `rlhub.records.rollout_log`, so that what a run logged and what `rlhub sample` generates look the same.
+Colours
 stay apart for colour-blind readers (PuOr of ColorBrewer, viridis) and every cell brings its own ink, so that they are readable on dark and
 on light.
 """

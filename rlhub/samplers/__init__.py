@@ -40,13 +40,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rlhub.config.schema import SamplerConfig
+from rlhub.curves import MASK_RATIO
 from rlhub.networks.profile import Profile
+
+if TYPE_CHECKING:
+    from rlhub.config.schema import SamplerConfig
 
 Uniforms = Callable[[str], Tensor]
 
@@ -187,19 +190,7 @@ def token_schedule(canvas_length: int, steps: int, block_length: int, sampler: s
     return transfer_schedule(canvas_length, steps, block_length)
 
 
-MASK_RATIO: dict[str, Callable[[float], float]] = {
-    "linear": lambda time: time,
-    "cosine": lambda time: math.cos(math.pi / 2 * (1 - time)),
-    "exponential": lambda time: 1 - math.exp(-5 * time),
-    "log_exponential": lambda time: math.log(1 + (math.exp(5) - 1) * time) / 5,
-}
 """Share of masked tokens at a time from 1 to 0 (eMIGM, arXiv 2503.07197, table 1)."""
-
-
-def check_curve(curve: str) -> None:
-    """Raises ValueError unless the curve is one of `MASK_RATIO`."""
-    if curve not in MASK_RATIO:
-        raise ValueError(f"curve {curve!r} is none of {', '.join(MASK_RATIO)}")
 
 
 def check_eps(eps: float) -> None:

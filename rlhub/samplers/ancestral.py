@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlhub.samplers import CanvasState, Schedule, Uniforms, check_curve, transfer_schedule, unmask_shares
+from rlhub.curves import check_curve
+from rlhub.samplers import CanvasState, Schedule, Uniforms, transfer_schedule, unmask_shares
 
 RECORDS = ()
 LOG_PROBS = "given_order"

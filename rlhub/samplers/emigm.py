@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlhub.samplers import CanvasState, Schedule, Uniforms, best_positions, check_curve, share_counts, share_schedule, unmask_shares
+from rlhub.curves import check_curve
+from rlhub.samplers import CanvasState, Schedule, Uniforms, best_positions, share_counts, share_schedule, unmask_shares
 
 RECORDS = ()
 LOG_PROBS = "given_order"

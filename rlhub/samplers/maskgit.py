@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhub.curves import check_curve
 from rlhub.samplers import (
     CanvasState,
     Commit,
     RowStats,
     Schedule,
     Uniforms,
-    check_curve,
     commit_best,
     gumbel,
     share_counts,

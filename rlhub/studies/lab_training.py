@@ -1,4 +1,4 @@
-"""What the experiments of `rlhub.studies.labs` share: tiny networks and a supervised loop over rlhub's views, single-threaded in one process."""
+"""What the experiments of `rlhub.studies.labs` share: tiny networks and a supervised loop over views, in one process."""
 
 from __future__ import annotations
 

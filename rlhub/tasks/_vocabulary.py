@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from rlhub.checkpoints.tokenizers import SPECIAL_TOKENS
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -52,3 +53,6 @@ def byte_level(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=sorted(alphabet), show_progress=False))
     special = {name: token for name, token in SPECIAL_TOKENS.items() if name != "unk_token"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+
+
+SPECIAL_TOKENS = {"mask_token": "[MASK]", "eos_token": "[EOS]", "pad_token": "[PAD]", "unk_token": "[UNK]"}

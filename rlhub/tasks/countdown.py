@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from rewards.countdown import evaluate
-from rlhub.checkpoints.tokenizers import Prompt
 from rlhub.errors import DataError
 from rlhub.noise import Noise, Stream
 from rlhub.tasks import Split, Task, first_accepted, first_distinct, held_out
 from rlhub.tasks._vocabulary import word_level
 from rlhub.tasks.jsonl import read_jsonl
-from rlhub.types import Example
+from rlhub.types import Example, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

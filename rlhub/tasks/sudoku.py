@@ -28,13 +28,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from rlhub.checkpoints.tokenizers import Prompt
 from rlhub.errors import DataError
 from rlhub.noise import Noise, Stream
 from rlhub.tasks import Split, Task, first_accepted, first_distinct, held_out
 from rlhub.tasks._vocabulary import word_level
 from rlhub.tasks.jsonl import existing
-from rlhub.types import Example
+from rlhub.types import Example, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

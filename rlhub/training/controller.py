@@ -22,10 +22,11 @@ from functools import partial
 from rlhub.algorithm.batching import make_batch
 from rlhub.algorithm.health import rollout_metrics, staleness_metrics
 from rlhub.algorithm.pairs import PairOrder, pair_order
+from rlhub.noise import ONLINE
 from rlhub.training.documents import pack_documents
 from rlhub.training.grading import grade, grade_states, shuffle_grades
 from rlhub.training.reference import open_reference
-from rlhub.training.rollouts import ONLINE, Issued, RolloutQueue, issue
+from rlhub.training.rollouts import Issued, RolloutQueue, issue
 from rlhub.training.session import Session
 from rlhub.training.supervised import cut_at_random, demonstration_batch, family_weight, supervised_algorithm, supervised_batch
 from rlhub.types import Batch

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 
 from rlhub.errors import DataError
-from rlhub.noise import Noise, sample_uid
+from rlhub.noise import EVAL, SFT, Noise, sample_uid
 from rlhub.tasks import Task
-from rlhub.training.rollouts import EVAL, SFT
 from rlhub.types import Batch
 
 PIECE = 64  # documents that are scored at once

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from rlhub.config.schema import Recipe, SamplerConfig
+from rlhub.noise import EVAL
 from rlhub.tasks import Task
 from rlhub.training.grading import grade
-from rlhub.training.rollouts import EVAL, evaluation_settings, generate, issue
+from rlhub.training.rollouts import evaluation_settings, generate, issue
 
 PIECE = 512  # problems issued at once
 

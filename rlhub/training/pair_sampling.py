@@ -14,10 +14,11 @@ from rlhub.config.recipe import load_recipe, validate
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, RecipeError, UserError, WorkerLost
 from rlhub.files import replace_text
+from rlhub.noise import SAMPLE
 from rlhub.records.progress import RunProgress
 from rlhub.tasks import load_task
 from rlhub.training.grading import grade
-from rlhub.training.rollouts import SAMPLE, evaluation_settings, generate, issue
+from rlhub.training.rollouts import evaluation_settings, generate, issue
 
 PROMPTS_AT_ONCE = 64
 

@@ -19,12 +19,11 @@ import torch
 from rlhub.algorithm.pairs import Pairs, encode, source_config
 from rlhub.config.schema import AlgorithmConfig, Recipe
 from rlhub.errors import DataError
+from rlhub.noise import EVAL, PAIRS
 from rlhub.tasks.preferences import BadRow, load_preferences
-from rlhub.training.rollouts import EVAL, PAIRS
 from rlhub.types import Batch
 
 PIECE = 64  # held-out pairs that are scored at once
-ROW_BITS = 24  # of the row field of a uid
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ from rlhub.algorithm.pairs import PairOrder, Pairs, cache_folder
 from rlhub.training.reference_cache import ReferenceCache, cache_key, concatenated, weights_hash
 from rlhub.types import Batch, LogLikelihood
 
-FOLDER = "reference_cache"  # below run.output_dir
-
 
 @dataclass
 class PairReference:

@@ -15,8 +15,6 @@ from rlhub.noise import sample_uid
 from rlhub.tasks import Task
 from rlhub.types import Example, Request, Rollout
 
-SFT, ONLINE, EVAL, SAMPLE, PAIRS = range(5)  # the phase field of uids
-
 
 @dataclass(frozen=True)
 class Issued:

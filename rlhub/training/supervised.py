@@ -18,9 +18,8 @@ import numpy as np
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config.schema import AlgorithmConfig, ModelConfig, Recipe, SFTConfig
 from rlhub.errors import DataError
-from rlhub.noise import Noise, sample_uid
+from rlhub.noise import SFT, Noise, sample_uid
 from rlhub.tasks import Task
-from rlhub.training.rollouts import SFT
 from rlhub.types import NEVER, Batch
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhub.curves import MASK_RATIO, check_curve
 from rlhub.noise import Stream
-from rlhub.samplers import MASK_RATIO, check_curve
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws
 from rlhub.views._rows import Row, build_views

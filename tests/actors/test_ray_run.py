@@ -30,12 +30,12 @@ from rlhub.config.schema import LearnerConfig, OptimizerConfig, Recipe
 from rlhub.engines.torch_engine import Engine
 from rlhub.errors import RecipeError, SyncError, UserError, WorkerLost
 from rlhub.evals.checkpoint import evaluate_checkpoint
-from rlhub.noise import Noise
+from rlhub.noise import ONLINE, Noise
 from rlhub.parts import load_part
 from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.tasks import load_task, task_tokenizer
-from rlhub.training.rollouts import ONLINE, issue
+from rlhub.training.rollouts import issue
 from rlhub.training.run import train
 from rlhub.types import Batch, RewardResult
 from workers.learner import Learner

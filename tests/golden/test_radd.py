@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import rlhub
-from rlhub import api
+from rlhub import inference
 from rlhub.algorithm.scoring import token_log_probs
-from rlhub.api import Model
 from rlhub.errors import UserError
+from rlhub.inference import Model
 from rlhub.likelihoods import exact
 from rlhub.models import radd
 from rlhub.networks.layout import pack_layout
@@ -142,7 +142,7 @@ def test_chain_rule_in_a_given_order(model, law, order, permutation):
 
 def test_chain_views_with_the_exact_likelihood(model, law):
     """As an algorithm composes them."""
-    batch = api._one_sample(model, np.array(PROMPT, np.int32), np.array(ANSWER, np.int32))
+    batch = inference._one_sample(model, np.array(PROMPT, np.int32), np.array(ANSWER, np.int32))
     credit = Credit(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool))
     views = chain_views.make(batch, credit, chain_views.Config(order="backward"), Noise(0).stream("views"), 0)
     log_prob = token_log_probs(model.network, views, 10**6)

@@ -20,7 +20,7 @@ from rlhub.config.schema import Recipe
 from rlhub.config.tasks import evaluation_task
 from rlhub.errors import CheckpointError, DataError, RecipeError, UserError, WorkerHung, WorkerLost
 from rlhub.evals.checkpoint import evaluate_checkpoint
-from rlhub.noise import Noise
+from rlhub.noise import ONLINE, Noise
 from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.records.progress import RunProgress
 from rlhub.records.rollout_log import read_rollouts, rollout_path
@@ -28,7 +28,7 @@ from rlhub.records.trackers import Trackers
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.training import controller
 from rlhub.training.grading import grade, shuffle_grades
-from rlhub.training.rollouts import ONLINE, issue
+from rlhub.training.rollouts import issue
 from rlhub.training.run import train
 from rlhub.training.session import Session, StopRequest
 from rlhub.types import Receipt, RewardResult, Rollout

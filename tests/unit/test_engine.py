@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import rlhub
-from rlhub.api import Model
 from rlhub.config.checks import check_sampler
 from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import SamplerConfig
@@ -20,6 +19,7 @@ from rlhub.engines.agreement import agreement
 from rlhub.engines.row_stats import Law, TokenNoise, streamed_stats
 from rlhub.engines.torch_engine import Engine
 from rlhub.errors import UserError
+from rlhub.inference import Model
 from rlhub.models import dream, llada, sdar
 from rlhub.noise import Noise, from_lower_bounds
 from rlhub.planning.plan import make_plan

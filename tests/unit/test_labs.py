@@ -15,11 +15,11 @@ from click.testing import CliRunner
 
 from rewards import digit_class
 from rlhub.commands.main import main
+from rlhub.curves import MASK_RATIO
 from rlhub.errors import RecipeError
 from rlhub.noise import Noise
 from rlhub.parts import load_part, part_names
 from rlhub.records.progress import RunProgress
-from rlhub.samplers import MASK_RATIO
 from rlhub.studies.lab import run_lab
 from rlhub.studies.lab_training import batch_of, tiny_llada
 from rlhub.studies.labs import (

@@ -14,9 +14,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import rlhub
-from rlhub.api import Model
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.errors import CheckpointError
+from rlhub.inference import Model
 from rlhub.networks.cache import CacheView
 from rlhub.networks.experts import record_routing, routers
 from rlhub.networks.layout import pack_layout

@@ -15,12 +15,11 @@ from rlhub.config.recipe import load_recipe
 from rlhub.errors import DataError
 from rlhub.models import dream
 from rlhub.models.llada import Config, LLaDA
-from rlhub.noise import Noise
+from rlhub.noise import SFT, Noise
 from rlhub.planning.plan import format_plan, make_plan
 from rlhub.records.metrics import read_metrics
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.training.documents import PackedDocuments, document_batch, pack_documents
-from rlhub.training.rollouts import SFT
 from rlhub.training.run import train
 from rlhub.views._rows import Row, build_views
 

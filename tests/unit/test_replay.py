@@ -77,7 +77,7 @@ def test_one_state_is_what_the_model_says_of_the_canvas_at_that_time(learner: Le
     expected = []
     for step in range(4):
         canvas = np.where(made.unmask_step >= step, learner.network.mask_id, made.completion_ids)
-        from rlhub.api import Model
+        from rlhub.inference import Model
 
         logits = Model(learner.network, Path()).logits([[*made.prompt_ids, *canvas]])[0, 3:]
         for position in np.flatnonzero(made.unmask_step == step):

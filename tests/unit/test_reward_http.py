@@ -22,7 +22,7 @@ import pytest
 from rewards import load_grader
 from rewards.pool import server as reward_server
 from rewards.pool.server import serve_until
-from rlhub.config.schema import RewardPoolConfig
+from rewards.pool.settings import RewardPoolConfig
 from rlhub.errors import UserError
 from rlhub.types import RewardResult
 

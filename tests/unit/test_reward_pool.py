@@ -20,7 +20,7 @@ import pytest
 
 from rewards.pool.cache import GradeCache
 from rewards.pool.pool import RewardPool
-from rlhub.config.schema import RewardPoolConfig
+from rewards.pool.settings import RewardPoolConfig
 from rlhub.errors import UserError
 from rlhub.types import RewardResult
 from workers.reward import RewardWorker

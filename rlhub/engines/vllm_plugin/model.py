@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
@@ -26,36 +25,11 @@ from vllm.triton_utils import HAS_TRITON
 from vllm.v1.attention.backend import AttentionType
 
 from rlhub.engines.vllm_plugin.cpu_kernels import install
-
-if TYPE_CHECKING:
-    from rlhub.engines.vllm_plugin.state import Canvases
+from rlhub.engines.vllm_plugin.state import DenoisingState, Driver
 
 ARCHITECTURE = "RLHubDenoiser"
 LOAD_FORMAT = "rlhub"
 MODEL_TYPE = "rlhub_denoiser"
-AttentionLayout = Literal["full", "block", "response"]
-
-
-@dataclass
-class Driver:
-    """What an engine shares with the vLLM model that it drives.
-
-    Attributes:
-        layout: full: every token sees prompt and canvas | block: blocks from the prompt's first token, each sees itself and those before
-            | response: the prompt is one block, the canvas has blocks of its own.
-        width: tokens of a request that vLLM runs over at each step: a block, or under `full` the longest prompt with its canvas.
-        canvases: of the run at work.
-    """
-
-    network: nn.Module
-    layout: AttentionLayout
-    width: int
-    canvases: Canvases | None = field(default=None)
-
-    @property
-    def stop_id(self) -> int:
-        """An id that the network has not; it ends a request."""
-        return max(self.network.vocab_size, self.network.mask_id + 1)
 
 
 class DenoiserConfig(PretrainedConfig):
@@ -138,8 +112,6 @@ class Denoiser(nn.Module):
 
     @staticmethod
     def get_model_state_cls() -> type:
-        from rlhub.engines.vllm_plugin.state import DenoisingState
-
         return DenoisingState
 
 

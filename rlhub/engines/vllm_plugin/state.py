@@ -14,18 +14,19 @@ and those with a prompt shorter than a block). vLLM wants a token of prompt ther
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.encoder_only import EncoderOnlyModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from rlhub.engines.vllm_plugin.model import AttentionLayout, Driver
+AttentionLayout = Literal["full", "block", "response"]
 
 SLOT = "rlhub_slot"  # key of a request's row in SamplingParams.extra_args
 
@@ -86,6 +87,28 @@ class Canvases:
                 stop = sees = min(stop, end, last)
             yield begin, stop, sees
             begin = stop
+
+
+@dataclass
+class Driver:
+    """What an engine shares with the vLLM model that it drives.
+
+    Attributes:
+        layout: full: every token sees prompt and canvas | block: blocks from the prompt's first token, each sees itself and those before
+            | response: the prompt is one block, the canvas has blocks of its own.
+        width: tokens of a request that vLLM runs over at each step: a block, or under `full` the longest prompt with its canvas.
+        canvases: of the run at work.
+    """
+
+    network: nn.Module
+    layout: AttentionLayout
+    width: int
+    canvases: Canvases | None = field(default=None)
+
+    @property
+    def stop_id(self) -> int:
+        """An id that the network has not; it ends a request."""
+        return max(self.network.vocab_size, self.network.mask_id + 1)
 
 
 class DenoisingState(EncoderOnlyModelState):

@@ -3,7 +3,7 @@
 Source: UltraLLaDA (arXiv 2510.10481), section 3.3, and RULER at 32K after 600 steps: adaptive 73.6, EOD 70.8, direct 63.0.
 Experiment: the LLaDA of `passkey_ntk` learns to find a key, one symbol of 32, somewhere in filler, in rows of 8 to 64 tokens.
     Diffusion-aware NTK extends its context 8 times. Post-training with a tenth as many steps follows, on documents of 32 to 512 tokens,
-    each with a key and at its end the question and the key again, which `rlhub.training.documents` puts into rows of 512: once with each packing,
+    each with a key and at its end the question and the key again, which `training.documents` puts into rows of 512: with each packing,
     adaptive, eod and direct. All answers are hidden, and the loss is theirs. Then keys are asked for in single documents 4 and 8 times as
     long as the longest of training, at evenly spread depths.
 Control: the same post-training, adaptive, on documents whose question has the key of another document. It must undo what was learned, or
