@@ -37,8 +37,8 @@ CGROUP_LIMITS = {"memory": ("memory.max", "memory.limit_in_bytes"), "pids": ("pi
 START_SECONDS = 30.0
 END_SECONDS = 10.0  # for the kernel to end all processes of a namespace
 
-SERVER = Path(__file__).with_name("sandbox_server.py")
-HARNESS = Path(__file__).with_name("sandbox_roles.py")
+SERVER = Path(__file__).with_name("server.py")
+HARNESS = Path(__file__).with_name("roles.py")
 
 
 class SandboxError(RuntimeError):
@@ -112,7 +112,7 @@ def run_tests(
     limits: Limits = Limits(),
     mode: str = "strong",
 ) -> Verdict:
-    """Runs tests against a program, each in a sandbox of its own; see `sandbox_roles` for what passes between them.
+    """Runs tests against a program, each in a sandbox of its own; see `roles` for what passes between them.
 
     Args:
         program: a whole program, or the body of the function that `prompt` begins.

@@ -36,9 +36,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # By its file: this folder must not come before the standard library.
-_roles = importlib.util.spec_from_file_location("sandbox_roles", Path(__file__).with_name("sandbox_roles.py"))
-sandbox_roles = importlib.util.module_from_spec(_roles)
-_roles.loader.exec_module(sandbox_roles)
+_spec = importlib.util.spec_from_file_location("roles", Path(__file__).with_name("roles.py"))
+roles = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(roles)
 
 NOBODY = 65534  # who a program is outside when the grader is root
 INSIDE = 1000  # who it is inside
@@ -391,11 +391,11 @@ def _play(role: str) -> NoReturn:
         random.seed(0)  # of this throw-away process: a program is graded the same every time
         sys.argv = ["program.py"]
         if role == "script":
-            sandbox_roles.run_script(payload)
+            roles.run_script(payload)
         elif role == "serve":
-            sandbox_roles.serve(payload, os.fdopen(4, "rb"), os.fdopen(5, "wb"))
+            roles.serve(payload, os.fdopen(4, "rb"), os.fdopen(5, "wb"))
         else:
-            sandbox_roles.judge(payload, os.fdopen(4, "wb"), os.fdopen(5, "rb"), os.fdopen(6, "wb"))
+            roles.judge(payload, os.fdopen(4, "wb"), os.fdopen(5, "rb"), os.fdopen(6, "wb"))
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)

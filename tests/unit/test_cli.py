@@ -168,7 +168,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 def test_eval_prints_what_it_measured(monkeypatch):
     seen = []
-    replace(monkeypatch, "rlhub.training.held_out", evaluate_checkpoint=lambda *arguments: seen.append(arguments) or {"accuracy": 0.5})
+    replace(monkeypatch, "rlhub.evals.checkpoint", evaluate_checkpoint=lambda *arguments: seen.append(arguments) or {"accuracy": 0.5})
     assert json.loads(run("eval", "runs/a", "task.eval_rows=4", "--recipe", "r.yaml", "--json").stdout) == {"accuracy": 0.5}
     assert "accuracy" in run("eval", "runs/a").stdout
     assert seen == [(Path("runs/a"), ["task.eval_rows=4"], "r.yaml"), (Path("runs/a"), [], None)]
@@ -185,7 +185,7 @@ def test_sample_tells_prompts_from_overrides(monkeypatch):
 
 
 def test_export_and_report_print_where_they_wrote(monkeypatch):
-    replace(monkeypatch, "rlhub.checkpoints.sealed", export=lambda run, out, adapter_only: out / run.name)
+    replace(monkeypatch, "rlhub.checkpoints.export", export=lambda run, out, adapter_only: out / run.name)
     replace(monkeypatch, "rlhub.reports.page", write_report=lambda runs: Path("-".join(run.name for run in runs)))
     assert run("export", "runs/a", "out").stdout == "out/a\n"
     assert run("report", "runs/a", "runs/b").stdout == "a-b\n"
