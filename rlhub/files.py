@@ -21,12 +21,15 @@ def plain(value: Any) -> Any:
     return value
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that at any moment a reader, or a machine that lost power, has either the old content or the new one."""
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Writes a file so that at any moment a reader, or a machine that lost power, has either the old content or the new one.
+
+    Two processes that write the same file at once leave the content of one of them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

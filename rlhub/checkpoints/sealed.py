@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from rlhub.checkpoints.folders import is_model_folder, read_json
 from rlhub.errors import CheckpointError
+from rlhub.files import replace_file
 
 MANIFEST = "manifest.json"
 
@@ -27,12 +27,7 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }
-    scratch = folder / (MANIFEST + ".partial")
-    with scratch.open("w") as handle:
-        json.dump(facts | {"files": files}, handle, indent=2)
-        handle.flush()
-        os.fsync(handle.fileno())
-    scratch.rename(folder / MANIFEST)
+    replace_file(folder / MANIFEST, json.dumps(facts | {"files": files}, indent=2))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

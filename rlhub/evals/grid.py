@@ -29,7 +29,7 @@ from rich.text import Text
 from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.errors import DataError, RecipeError, UserError
 from rlhub.evals.checkpoint import evaluation_crew, evaluation_recipe
-from rlhub.files import plain, replace_text
+from rlhub.files import plain, replace_file
 from rlhub.parts import load_part, part_config
 from rlhub.records.metrics import wilson_interval
 from rlhub.records.progress import RunProgress, accuracy_text
@@ -108,7 +108,7 @@ def run_grid(
             if result is None:
                 result = want | measure_cell(crew, recipe, task, tokenizer, cell.sampler)
                 known.append(result)
-                replace_text(file, json.dumps({"schema": SCHEMA, "cells": known}, indent=1, allow_nan=False) + "\n")
+                replace_file(file, json.dumps({"schema": SCHEMA, "cells": known}, indent=1, allow_nan=False) + "\n")
                 done += 1
                 progress.update(done, **{"eval/accuracy": result["accuracy"]})
             results.append(result | {"values": cell.values})

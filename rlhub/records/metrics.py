@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from rlhub.errors import DataError
-from rlhub.files import plain, replace_text
+from rlhub.files import plain, replace_file
 
 Row = dict[str, Any]
 Interval = tuple[float, float]
@@ -71,7 +72,7 @@ class MetricsLog:
         self._file.close()
 
     def _replace(self, rows: list[Row]) -> None:
-        replace_text(self.path, "".join(map(_line, rows)))
+        replace_file(self.path, "".join(map(_line, rows)))
 
 
 def _line(row: Row) -> str:
@@ -159,6 +160,16 @@ def summarize(rows: Sequence[Row]) -> Summary | None:
         seconds=clock[-1] if clock else None,
         phase_seconds=phase_clock[-1] - phase_clock[0] if phase_clock else None,
     )
+
+
+def student_interval(values: Sequence[float]) -> Interval:
+    """Student's 95 % interval of the mean of values [n]; unbounded for a single one."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return -math.inf, math.inf
+    half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
+    return mean(values) - half, mean(values) + half
 
 
 def wilson_interval(accuracy: float, num_problems: int, z: float = 1.959964) -> Interval:

@@ -19,7 +19,7 @@ from typing import Any
 
 from rewards._grader import to_json
 from rlhub.errors import DataError
-from rlhub.files import plain, replace_text
+from rlhub.files import plain, replace_file
 from rlhub.types import NEVER, Rollout
 
 SCHEMA = 1
@@ -47,7 +47,7 @@ def dump_rollouts(
     is the text of any other token that a trace holds."""
     pairs = zip(rollouts, texts, token_strings, strict=True)
     rows = [rollout_row(step, rollout, *text, strings, name) for rollout, text, strings in pairs]
-    replace_text(Path(path), "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    replace_file(Path(path), "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def rollout_row(

@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from omegaconf import OmegaConf
 
 from rlhub.errors import CheckpointError, DataError
-from rlhub.files import replace_text
+from rlhub.files import replace_file
 from rlhub.parts import flatten
 from rlhub.records.metrics import Row, Summary, read_metrics, series, summarize
 from rlhub.records.progress import accuracy_text, clock_text, describe_test_set, gain_text
@@ -59,7 +59,7 @@ def write_report(runs: Sequence[Path | str], output: Path | str | None = None) -
     """Writes the report of one or more run folders, to `report.html` of the first unless told otherwise; returns where it is."""
     loaded = [load_run(Path(path)) for path in runs]
     target = Path(output) if output else loaded[0].path / "report.html"
-    replace_text(target, render_report(loaded))
+    replace_file(target, render_report(loaded))
     return target
 
 

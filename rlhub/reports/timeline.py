@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from rlhub.files import replace_text
+from rlhub.files import replace_file
 from rlhub.types import NEVER
 
 Row = Mapping[str, Any]  # see rlhub.records.rollout_log
@@ -169,7 +169,7 @@ def timeline_data(row: Row) -> dict[str, Any]:
 
 def write_timelines(rows: Sequence[Row], path: Path | str, title: str) -> Path:
     """Writes a page of its own with one timeline a row; returns where it is."""
-    replace_text(Path(path), render("timeline.html.j2", title=title, timelines=[timeline_data(row) for row in rows]))
+    replace_file(Path(path), render("timeline.html.j2", title=title, timelines=[timeline_data(row) for row in rows]))
     return Path(path)
 
 

@@ -23,7 +23,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import yaml
@@ -35,8 +35,8 @@ from rich.table import Table
 
 from rlhub.config.recipe import load_recipe
 from rlhub.errors import RecipeError
-from rlhub.files import replace_text
-from rlhub.records.metrics import Summary, read_metrics, summarize
+from rlhub.files import replace_file
+from rlhub.records.metrics import Summary, read_metrics, student_interval, summarize
 from rlhub.reports.page import write_report
 from rlhub.reports.plots import PANELS, Group, draw_panel
 
@@ -130,8 +130,8 @@ def write_results(experiment: Experiment, jobs: list[Job], output: Path, seconds
             cells = [arm, metric, before, after, " ".join(f"{gain:+.1f}" for gain in gains), f"{mean(gains):+.1f}", mean_interval(gains)]
             table.add_row(*cells)
             lines.append("| " + " | ".join(cells) + " |")
-    replace_text(output / "results.json", json.dumps({"about": experiment.about, "seconds": seconds, "runs": rows}, indent=2) + "\n")
-    replace_text(output / "results.md", "\n".join(lines) + "\n")
+    replace_file(output / "results.json", json.dumps({"about": experiment.about, "seconds": seconds, "runs": rows}, indent=2) + "\n")
+    replace_file(output / "results.md", "\n".join(lines) + "\n")
     groups = [Group(arm, [read_metrics(job.folder / "metrics.jsonl") for job in jobs if job.arm == arm]) for arm in arms]
     plot = draw_panel(PANELS[0], groups, rows[0]["num_problems"])
     if plot is not None:
@@ -217,10 +217,8 @@ def mean_interval(gains: list[float]) -> str:
     """Student's 95 % interval of the mean, such as `+1.2 to +3.4`; empty for fewer than three values."""
     if len(gains) < 3:
         return ""
-    from scipy.stats import t
-
-    half = t.ppf(0.975, len(gains) - 1) * stdev(gains) / len(gains) ** 0.5
-    return f"{mean(gains) - half:+.1f} to {mean(gains) + half:+.1f}"
+    low, high = student_interval(gains)
+    return f"{low:+.1f} to {high:+.1f}"
 
 
 def _pair(before: float | None, after: float | None) -> tuple[float, float] | None:

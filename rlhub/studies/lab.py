@@ -18,7 +18,7 @@ from rich.table import Table
 
 from rlhub.config.recipe import load_options
 from rlhub.errors import RecipeError
-from rlhub.files import plain, replace_text
+from rlhub.files import plain, replace_file
 from rlhub.parts import load_part, part_names
 from rlhub.records.progress import RunProgress
 from rlhub.studies.labs import Check, Verdict, seconds_of_arms
@@ -74,10 +74,10 @@ def run_lab(name: str, overrides: Sequence[str] = (), out: Path | None = None, c
             "out": str(out),
         }
     )
-    replace_text(out / "verdict.json", json.dumps(result, indent=2) + "\n")
+    replace_file(out / "verdict.json", json.dumps(result, indent=2) + "\n")
     if verdict.figure is not None:
         verdict.figure.savefig(out / "plot.png")
-    replace_text(out / "report.md", _report(module, verdict, result))
+    replace_file(out / "report.md", _report(module, verdict, result))
     return result
 
 

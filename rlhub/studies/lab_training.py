@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,8 +18,12 @@ from rlhub.config.schema import OptimizerConfig, SamplerConfig
 from rlhub.models import llada
 from rlhub.networks.layout import pack_layout
 from rlhub.noise import Noise, sample_uid
-from rlhub.studies.labs import Tick
 from rlhub.types import Batch, Layout, Request, Rollout
+
+if TYPE_CHECKING:
+    pass
+
+Tick = Callable[[], None]  # one unit of an arm's work is done
 
 SFT = OptimizerConfig(learning_rate=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=50, schedule="cosine", final_fraction=0.05)
 

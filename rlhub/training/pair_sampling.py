@@ -13,7 +13,7 @@ from rlhub.checkpoints.sealed import resolve_model_path
 from rlhub.config.recipe import load_recipe, validate
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, RecipeError, UserError, WorkerLost
-from rlhub.files import replace_text
+from rlhub.files import replace_file
 from rlhub.noise import SAMPLE
 from rlhub.records.progress import RunProgress
 from rlhub.tasks import load_task
@@ -84,7 +84,7 @@ def sample_pairs(
     summary = f"{len(rows)} pairs from {num_prompts} prompts" + "".join(f", {count} {name}" for name, count in counts.items() if count)
     if not rows:
         raise DataError(f"{summary}: nothing to write; raise algorithm.completions_per_prompt or take another policy")
-    replace_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    replace_file(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return f"{out}: {summary}"
 
 

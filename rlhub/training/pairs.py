@@ -69,10 +69,10 @@ def load_pairs(recipe: Recipe, tokenizer: Any, context: int) -> PairData:
 
 def report_bad(data: PairData, file: Path) -> str | None:
     """Write every unusable row to a JSON-lines file; one line of summary, None when there are none."""
-    from rlhub.files import replace_text
+    from rlhub.files import replace_file
 
     entries = [{"split": split, "row": row.number, "reason": row.reason} for split, rows in data.bad.items() for row in rows]
-    replace_text(file, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    replace_file(file, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
     if not entries:
         return None
     usable = len(data.train) + len(data.held_out)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +26,7 @@ from rlhub.algorithm.compose import Algorithm
 from rlhub.algorithm.pairs import PairOrder, Pairs
 from rlhub.checkpoints.folders import base_folder, is_adapter_folder
 from rlhub.errors import CheckpointError
-from rlhub.files import replace_text
+from rlhub.files import replace_file
 from rlhub.types import Batch, LogLikelihood
 
 FORMAT = 1  # of shards, and of what makes a key; counts up with any change that changes estimates
@@ -110,7 +109,7 @@ class ReferenceCache:
             submit: asks worker i for the estimate of a batch.
             get: its answer.
         """
-        replace_text(self.folder / "key.json", json.dumps(self.facts, indent=2) + "\n")
+        replace_file(self.folder / "key.json", json.dumps(self.facts, indent=2) + "\n")
         running: deque[tuple[int, int, list[Any]]] = deque()
 
         def finish() -> None:
@@ -162,9 +161,7 @@ class ReferenceCache:
         content = values.shape[1].to_bytes(4, "little") + values.tobytes()
         file = self._file(plan, shard)
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_bytes(hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest() + content)
-        partial.replace(file)
+        replace_file(file, hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest() + content)
         self.computed.add((plan, shard))
 
     def _read(self, plan: int, shard: int) -> np.ndarray | None:

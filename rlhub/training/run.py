@@ -22,7 +22,7 @@ from rlhub.config.recipe import dump_recipe, load_recipe, validate
 from rlhub.config.schema import Recipe, RopeConfig
 from rlhub.config.tasks import evaluation_task
 from rlhub.errors import CheckpointError, RecipeError, UserError, WorkerLost
-from rlhub.files import replace_text
+from rlhub.files import replace_file
 from rlhub.networks.rope import extend
 from rlhub.noise import Noise
 from rlhub.parts import load_part
@@ -143,10 +143,10 @@ def _open_folder(recipe: Recipe, folder: Path) -> bool:
         raise RecipeError(f"{folder} is not empty and holds no run; choose another run.name, nothing was overwritten")
     plan = make_plan(recipe)
     # The recipe comes first: a start that is killed from here on leaves a folder that the next one recognises.
-    replace_text(saved, dump_recipe(recipe))
+    replace_file(saved, dump_recipe(recipe))
     (folder / "logs").mkdir(exist_ok=True)
-    replace_text(folder / "plan.txt", format_plan(plan) + "\n")
-    replace_text(folder / "plan.json", json.dumps(plan.to_dict(), indent=2) + "\n")
+    replace_file(folder / "plan.txt", format_plan(plan) + "\n")
+    replace_file(folder / "plan.json", json.dumps(plan.to_dict(), indent=2) + "\n")
     for name in ("first_model", "first_adapter"):
         shutil.rmtree(folder / name, ignore_errors=True)
     return False
@@ -218,7 +218,7 @@ def _extend_context(base: Path, path: Path, rope: RopeConfig) -> None:
     for file in base.iterdir():
         if file.is_file() and file.name != "config.json" and not (path / file.name).is_symlink():
             (path / file.name).symlink_to(file.resolve())
-    replace_text(path / "config.json", json.dumps(published | config, indent=2) + "\n")
+    replace_file(path / "config.json", json.dumps(published | config, indent=2) + "\n")
 
 
 def _context(model_path: Path, tokenizer: Any) -> int:

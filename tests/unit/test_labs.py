@@ -19,6 +19,7 @@ from rlhub.curves import MASK_RATIO
 from rlhub.errors import RecipeError
 from rlhub.noise import Noise
 from rlhub.parts import load_part, part_names
+from rlhub.records.metrics import student_interval
 from rlhub.records.progress import RunProgress
 from rlhub.studies.lab import run_lab
 from rlhub.studies.lab_training import batch_of, tiny_llada
@@ -31,7 +32,6 @@ from rlhub.studies.labs import (
     digits_rl,
     eq6_variance,
     guidance_without_pairs,
-    interval,
     nfe_cache,
     not_above,
     reversal,
@@ -100,7 +100,7 @@ def test_a_claim_holds_only_with_all_its_conditions_and_a_control_that_failed(ch
 
 
 def test_intervals_decide_only_when_they_leave_the_bound_out():
-    low, high = interval([1.0, 2.0, 3.0])
+    low, high = student_interval([1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
     assert [above("", values).passed for values in ([1.0, 1.1, 0.9], [-1.0, -1.1, -0.9], [-1.0, 1.0, 0.1], [5.0])] == [
         True,

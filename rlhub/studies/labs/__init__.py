@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -23,19 +22,20 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from rlhub.files import replace_text
+from rlhub.files import replace_file
+from rlhub.records.metrics import student_interval
 from rlhub.records.progress import RunProgress
+from rlhub.studies.lab_training import Tick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Outcome = Literal["holds", "does not hold", "undecided"]
-Tick = Callable[[], None]  # one unit of an arm's work is done
 
 NOT_SETTINGS = ("seeds", "parallel")  # do not change the result of an arm
 
@@ -125,26 +125,16 @@ def folder_of(config: Any, out: Path) -> Path:
     return out / "arms" / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Student's 95 % interval of the mean; unbounded for a single value."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return -math.inf, math.inf
-    half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-    return mean(values) - half, mean(values) + half
-
-
 def above(name: str, values: Sequence[float], bound: float = 0.0) -> Check:
     """Does the mean over seeds lie above `bound`? Undecided while its 95 % interval holds `bound`."""
-    low, high = interval(values)
+    low, high = student_interval(values)
     passed = True if low > bound else False if high < bound else None
     return Check(name, passed, f"{mean(values):.4g} [{low:.4g}, {high:.4g}], bound {bound:.4g}")
 
 
 def not_above(name: str, values: Sequence[float], bound: float) -> Check:
     """Does the mean over seeds lie at most at `bound`? Undecided while its 95 % interval reaches across."""
-    low, high = interval(values)
+    low, high = student_interval(values)
     passed = True if high <= bound else False if low > bound else None
     return Check(name, passed, f"{mean(values):.4g} [{low:.4g}, {high:.4g}], bound {bound:.4g}")
 
@@ -158,7 +148,7 @@ def _run_one(arm: Arm, config: Any, folder: Path, tick: Tick) -> None:
     started = time.process_time()
     result = arm.function(config, tick, **arm.arguments)
     content = {"result": result, "cpu_seconds": time.process_time() - started}
-    replace_text(folder / f"{arm.name}.json", json.dumps(content, indent=1) + "\n")
+    replace_file(folder / f"{arm.name}.json", json.dumps(content, indent=1) + "\n")
 
 
 def _run_in_processes(arms: Sequence[Arm], config: Any, folder: Path, report: Callable[[int], None]) -> None:

@@ -29,8 +29,8 @@ from rlhub.networks.layout import pack_layout
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
-from rlhub.studies.lab_training import batch_of, sample
-from rlhub.studies.labs import Arm, Check, Tick, Verdict, run_arms
+from rlhub.studies.lab_training import Tick, batch_of, sample
+from rlhub.studies.labs import Arm, Check, Verdict, run_arms
 from rlhub.types import Layout, Rollout, Views
 from rlhub.views import elbo
 from rlhub.views._rows import Row, build_views, fit_blocks

@@ -24,7 +24,8 @@ from rich.console import Console
 
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
-from rlhub.studies.labs import Arm, Check, Tick, Verdict, above, folder_of, run_arms
+from rlhub.studies.lab_training import Tick
+from rlhub.studies.labs import Arm, Check, Verdict, above, folder_of, run_arms
 from rlhub.tasks.digits import CLASSES, LEVELS
 
 KIND = "statistical"

@@ -30,8 +30,8 @@ from rlhub.models import llada2
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
-from rlhub.studies.lab_training import SFT, batch_of, counted, sample, train
-from rlhub.studies.labs import Arm, Check, Tick, Verdict, above, run_arms
+from rlhub.studies.lab_training import SFT, Tick, batch_of, counted, sample, train
+from rlhub.studies.labs import Arm, Check, Verdict, above, run_arms
 from rlhub.types import Request, Rollout, Views
 from rlhub.views._rows import Row, build_views, fit_blocks
 

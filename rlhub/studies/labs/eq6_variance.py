@@ -30,7 +30,8 @@ from rlhub.likelihoods import sequence_draws
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
-from rlhub.studies.labs import Arm, Check, Tick, Verdict, run_arms
+from rlhub.studies.lab_training import Tick
+from rlhub.studies.labs import Arm, Check, Verdict, run_arms
 from rlhub.studies.variance.estimates import Exact
 from rlhub.studies.variance.laboratory import small_problem
 from rlhub.types import Batch, Views

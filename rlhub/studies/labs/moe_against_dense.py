@@ -31,8 +31,8 @@ from rlhub.networks.experts import Routing, record_routing, routers
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
-from rlhub.studies.lab_training import SFT, batch_of, train
-from rlhub.studies.labs import Arm, Check, Tick, Verdict, above, not_above, run_arms
+from rlhub.studies.lab_training import SFT, Tick, batch_of, train
+from rlhub.studies.labs import Arm, Check, Verdict, above, not_above, run_arms
 from rlhub.types import Batch, Views
 from rlhub.views import elbo
 

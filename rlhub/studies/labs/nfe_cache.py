@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from rlhub.config.schema import SamplerConfig
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
-from rlhub.studies.lab_training import sample, tiny_llada
-from rlhub.studies.labs import Arm, Check, Tick, Verdict, run_arms
+from rlhub.studies.lab_training import Tick, sample, tiny_llada
+from rlhub.studies.labs import Arm, Check, Verdict, run_arms
 
 KIND = "identity"
 VOCABULARY = 16

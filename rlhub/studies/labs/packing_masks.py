@@ -27,8 +27,8 @@ from rlhub.algorithm.batching import micro_batches
 from rlhub.algorithm.scoring import micro_batch_log_probs
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
-from rlhub.studies.lab_training import SFT, train
-from rlhub.studies.labs import Arm, Check, Tick, Verdict, above, run_arms
+from rlhub.studies.lab_training import SFT, Tick, train
+from rlhub.studies.labs import Arm, Check, Verdict, above, run_arms
 from rlhub.studies.labs.passkey_ntk import (
     ASK,
     EVERY,

@@ -29,8 +29,8 @@ from rlhub.networks.rope import extend
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
-from rlhub.studies.lab_training import SFT, batch_of, counted, masked_loss, sample, train
-from rlhub.studies.labs import Arm, Check, Tick, Verdict, above, run_arms
+from rlhub.studies.lab_training import SFT, Tick, batch_of, counted, masked_loss, sample, train
+from rlhub.studies.labs import Arm, Check, Verdict, above, run_arms
 from rlhub.types import Batch
 from rlhub.views import elbo
 

@@ -26,8 +26,8 @@ from torch import nn
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
-from rlhub.studies.lab_training import SFT, batch_of, counted, masked_loss, tiny_llada, train
-from rlhub.studies.labs import Arm, Tick, Verdict, above, not_above, run_arms
+from rlhub.studies.lab_training import SFT, Tick, batch_of, counted, masked_loss, tiny_llada, train
+from rlhub.studies.labs import Arm, Verdict, above, not_above, run_arms
 from rlhub.studies.variance.estimates import replicate_variance
 from rlhub.studies.variance.laboratory import CELLS, Draws, Setting, pools_of
 from rlhub.types import Batch
