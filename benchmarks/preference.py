@@ -162,7 +162,7 @@ class GradientOnly(torch_backend.Backend):
 
 def measure(sizes: Sizes) -> dict[str, Any]:
     """All figures; see the module's docstring."""
-    from rlhub.checkpoints.sealed import save_network
+    from rlhub.checkpoints.weights import save_network
     from rlhub.config.recipe import load_recipe
     from workers.learner import Learner
     from workers.scorer import Scorer

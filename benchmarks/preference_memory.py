@@ -32,7 +32,7 @@ def measure(draws: int, micro_batch_tokens: int) -> float:
     import torch
 
     from rlhub.algorithm.scoring import token_log_probs
-    from rlhub.checkpoints.sealed import load_network, save_network
+    from rlhub.checkpoints.weights import load_network, save_network
     from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig
     from rlhub.models.llada import Config, LLaDA
     from rlhub.noise import Noise

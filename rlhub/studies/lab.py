@@ -93,7 +93,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def _recipe_of(name: str) -> Path | None:
     """The settings that ship with an experiment, from the current folder or beside the package."""
-    places = [RECIPES, Path(__file__).resolve().parents[1] / RECIPES]
+    places = [RECIPES, Path(__file__).resolve().parents[2] / RECIPES]
     return next((file for place in places if (file := place / f"{name}.yaml").exists()), None)
 
 

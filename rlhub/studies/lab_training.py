@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from rlhub.models import llada
 from rlhub.networks.layout import pack_layout
 from rlhub.noise import Noise, sample_uid
 from rlhub.types import Batch, Layout, Request, Rollout
-
-if TYPE_CHECKING:
-    pass
 
 Tick = Callable[[], None]  # one unit of an arm's work is done
 

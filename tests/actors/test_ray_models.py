@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from rlhub.checkpoints.export import export
-from rlhub.checkpoints.sealed import load_network, save_network
+from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config.schema import Recipe
 from rlhub.errors import UserError
 from rlhub.evals.checkpoint import evaluate_checkpoint

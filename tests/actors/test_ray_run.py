@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import rlhub
 from rlhub.algorithm.batching import make_batch
 from rlhub.checkpoints.export import export
-from rlhub.checkpoints.sealed import load_network, save_network
+from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config.schema import LearnerConfig, OptimizerConfig, Recipe
 from rlhub.engines.torch_engine import Engine
 from rlhub.errors import RecipeError, SyncError, UserError, WorkerLost

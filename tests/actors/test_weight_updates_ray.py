@@ -17,7 +17,7 @@ import ray
 import torch
 from announcing import PATIENCE, Announcing
 
-from rlhub.checkpoints.sealed import load_network, save_network
+from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.engines.torch_engine import Engine
 from rlhub.noise import Noise

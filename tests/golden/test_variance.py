@@ -11,7 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from rlhub.checkpoints.sealed import save_network, write_manifest
+from rlhub.checkpoints.sealed import write_manifest
+from rlhub.checkpoints.weights import save_network
 from rlhub.commands.main import main
 from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import Noise

@@ -13,8 +13,9 @@ import torch
 
 import rlhub
 from rlhub import oracle
-from rlhub.checkpoints.sealed import save_network, write_manifest
+from rlhub.checkpoints.sealed import write_manifest
 from rlhub.checkpoints.tokenizers import decode
+from rlhub.checkpoints.weights import save_network
 from rlhub.config.schema import SamplerConfig
 from rlhub.errors import CheckpointError, DataError, UserError
 from rlhub.models.llada import Config, LLaDA

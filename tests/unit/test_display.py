@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 import rlhub
-from rlhub.checkpoints.sealed import save_network, write_manifest
+from rlhub.checkpoints.sealed import write_manifest
+from rlhub.checkpoints.weights import save_network
 from rlhub.commands.main import main
 from rlhub.config.schema import Recipe
 from rlhub.models import llada, sdar

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlhub.checkpoints.sealed import family_of
+from rlhub.checkpoints.folders import family_of
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.errors import CheckpointError
 from rlhub.networks.layout import pack_layout

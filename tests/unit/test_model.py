@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhub.checkpoints.export import export
-from rlhub.checkpoints.sealed import family_of, load_network, read_manifest, remove_old_checkpoints, save_network, write_manifest
+from rlhub.checkpoints.folders import family_of
+from rlhub.checkpoints.sealed import read_manifest, remove_old_checkpoints, write_manifest
+from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.errors import CheckpointError
 from rlhub.models.llada import LORA_TARGETS, Config, LLaDA
 from rlhub.networks.layout import pack_layout

@@ -20,7 +20,7 @@ from rlhub.algorithm.batching import micro_batches
 from rlhub.algorithm.compose import Algorithm, LogProbs
 from rlhub.algorithm.pairs import Pairs
 from rlhub.algorithm.scoring import micro_batch_log_probs, token_log_probs
-from rlhub.checkpoints.sealed import load_network
+from rlhub.checkpoints.weights import load_network
 from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, RecipeError

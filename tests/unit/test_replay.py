@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from rlhub.algorithm.replay import STATES, choose_rollouts
-from rlhub.checkpoints.sealed import save_network
+from rlhub.checkpoints.weights import save_network
 from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig, Recipe, SamplerConfig
 from rlhub.engines.torch_engine import Engine
 from rlhub.models.llada import Config, LLaDA

@@ -82,7 +82,7 @@ def test_fingerprint_follows_prompts_and_columns():
 
 
 def test_unknown_names_and_options():
-    with pytest.raises(DataError, match="data has no 'sorted'; did you mean sort"):
+    with pytest.raises(DataError, match="tasks has no 'sorted'; did you mean sort"):
         load_task("sorted", {}, "train", 0)
     with pytest.raises(DataError, match=r"no module 'nowhere\.task'"):
         load_task("nowhere.task", {}, "train", 0)

@@ -18,7 +18,7 @@ import torch
 from announcing import PATIENCE, Announcing
 
 from rlhub import oracle
-from rlhub.checkpoints.sealed import save_network
+from rlhub.checkpoints.weights import save_network
 from rlhub.config.schema import SamplerConfig
 from rlhub.engines.forward import Forward
 from rlhub.engines.torch_engine import Engine

@@ -12,7 +12,7 @@ import torch
 from announcing import PATIENCE, Announcing
 from torch import Tensor
 
-from rlhub.checkpoints.sealed import save_network
+from rlhub.checkpoints.weights import save_network
 from rlhub.config.schema import SamplerConfig
 from rlhub.engines import torch_engine, vllm_engine
 from rlhub.errors import DataError, UserError

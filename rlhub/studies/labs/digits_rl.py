@@ -29,7 +29,7 @@ from rlhub.studies.labs import Arm, Check, Verdict, above, folder_of, run_arms
 from rlhub.tasks.digits import CLASSES, LEVELS
 
 KIND = "statistical"
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits.yaml"
+RECIPE = Path(__file__).resolve().parents[3] / "recipes" / "digits.yaml"
 KINDS = {"espo": "ESPO", "shuffled": "control: shuffled rewards"}
 
 
