@@ -68,6 +68,7 @@ class _Compared(Rows):
         self.divergence: list[Tensor] = []
 
     def logits(self, view: View, row: Tensor, column: Tensor) -> Callable[[slice], Tensor]:
+        """The approximate logits; their divergence from the exact law (nats, KL of exact to used) is noted. Costs no counted forward."""
         approximate = super().logits(view, row, column)
         own, self.forward, forwards = self.forward, self.exactly, self.slots.forwards.clone()
         exact = super().logits(view, row, column)

@@ -80,6 +80,11 @@ class Engine:
         self.names = itertools.count()
 
     def _start(self, kv_bytes: int | None):
+        """A vLLM engine around the network in this process.
+
+        Args:
+            kv_bytes: of the paged keys and values; None: on a CPU what `max_running` requests need, on a GPU nine tenths of what is free.
+        """
         from vllm import LLM
 
         from rlhub.engines.vllm_plugin.model import LOAD_FORMAT, handing_over, write_config
@@ -212,6 +217,10 @@ class Run(Rows):
         )
 
     def run(self, on_step: Callable[[], None] | None = None) -> list[Rollout]:
+        """Denoise all requests, as many at a time as fit; the rollouts in the order of the requests.
+
+        An exception leaves no request behind in vLLM.
+        """
         engine, vllm = self.engine, self.engine.llm.llm_engine
         waiting, running = deque(range(len(self.requests))), {}
         engine.driver.canvases = self.canvases

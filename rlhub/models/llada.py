@@ -78,6 +78,7 @@ class Config(Published):
             raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
 
     def shape(self) -> Shape:
+        """The sizes that the stack is built from, in the words of `Shape`."""
         return Shape(
             width=self.d_model,
             num_layers=self.n_layers,

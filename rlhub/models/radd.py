@@ -105,6 +105,7 @@ class Config(Published):
         return {"architectures": list(ARCHITECTURES), "tokens": self.tokens, "init_std": self.init_std, "model": model, "noise": noise}
 
     def shape(self) -> Shape:
+        """The sizes that the stack is built from, in the words of `Shape`."""
         return Shape(
             width=self.hidden_size,
             num_layers=self.n_blocks,

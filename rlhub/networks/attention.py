@@ -200,6 +200,10 @@ class Group:
 
 
 def _sdpa(attention: Attention, query: Side) -> Kernel:
+    """torch's scaled_dot_product_attention, a call for each run of equally long rows.
+
+    Heads [T, H, head_dim] -> [T, H * head_dim]; rows of mixed lengths are padded with a bias that hides the padding.
+    """
     groups = _groups(attention, query)
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -263,6 +267,10 @@ def _runs(rows: list[int], lengths: list[int], query: Side, key: Side) -> list[G
 
 
 def _flex(attention: Attention, query: Side) -> Kernel:
+    """torch's FlexAttention over all packed rows at once; the rule is its block mask, so nothing is padded and no mask is kept.
+
+    Heads [T, H, head_dim] -> [T, H * head_dim]. Compiled on a GPU.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     key, device = attention.key, query.lengths.device

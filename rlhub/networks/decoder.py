@@ -114,6 +114,7 @@ class Llama(Published):
             raise ValueError(f"num_attention_heads={shape.num_heads} is not a multiple of num_key_value_heads={shape.num_kv_heads}")
 
     def shape(self) -> Shape:
+        """The sizes that the stack is built from, in the words of `Shape`."""
         return Shape(
             width=self.hidden_size,
             num_layers=self.num_hidden_layers,

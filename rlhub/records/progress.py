@@ -81,6 +81,7 @@ class RunProgress:
         self.close()
 
     def _bar(self) -> Progress:
+        """The live bar, made when first asked for."""
         if self._live is None:
             self._live = Progress(
                 TextColumn("[bold]{task.description}"),

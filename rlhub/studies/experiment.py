@@ -174,6 +174,11 @@ def _run_all(jobs: list[Job], parallel: int, console: Console) -> None:
 
 
 def _run_one(job: Job) -> None:
+    """Train a run and carry out what prepares those that follow, each command in a process of its own, with one log.
+
+    Raises:
+        RecipeError: a command failed; the last line of its log is in the message.
+    """
     log = job.folder.parent / f"{job.folder.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     commands = [["train", job.recipe, *job.overrides], *map(shlex.split, job.prepare)]

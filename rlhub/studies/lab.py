@@ -98,6 +98,7 @@ def _recipe_of(name: str) -> Path | None:
 
 
 def _report(module: ModuleType, verdict: Verdict, result: dict[str, Any]) -> str:
+    """The page of a laboratory experiment: claim, checks, control, numbers over seeds, settings."""
     numbers = [
         f"| {name} | {mean(values):.4g} | {f'{stdev(values):.2g}' if len(values) > 1 else '-'} | {' '.join(f'{v:.4g}' for v in values)} |"
         for name, values in verdict.numbers.items()

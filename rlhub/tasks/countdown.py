@@ -174,6 +174,11 @@ def _draw(stream: Stream, config: Config, belongs: Callable[[Problem], bool], ui
 
 
 def _demonstration(stream: Stream, config: Config, index: int, problem: Problem) -> str | None:
+    """The text to imitate for one problem, right with probability `correct_fraction`; None where the published problem has no solution.
+
+    Raises:
+        DataError: no wrong expression was found.
+    """
     if problem.expression is None:
         return None
     answer = problem.expression

@@ -48,6 +48,7 @@ def gather_block_tables(rows, sources, targets, strides, num_blocks, num_blocks_
 def compute_slot_mappings(
     max_num_tokens, rows, bounds, positions, tables, strides, sizes, enabled, dcp_sharded, slots, slots_stride, cp_rank, **constants: Any
 ) -> None:
+    """Stand-in for the Triton kernel of the same name: where the keys of each position go, int64 slots, PAD_ID where nowhere."""
     if constants["CP_SIZE"] != 1:
         raise NotImplementedError("context parallelism has no CPU kernel")
     bounds, positions = bounds.tolist(), positions.numpy()

@@ -156,6 +156,7 @@ class DenoisingState(EncoderOnlyModelState):
         for_capture: bool = False,
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
+        """What each scheduled position attends to, as vLLM's attention metadata; the arguments are vLLM's."""
         canvases = self.driver.canvases
         if canvases is None:  # vLLM measures its memory
             return super().prepare_attn(
@@ -261,6 +262,7 @@ class Sampler:
         self.sampling_states.apply_staged_writes()
 
     def __call__(self, hidden: Tensor, input_batch: Any, draft_logits: Tensor | None = None) -> SamplerOutput:
+        """Hand hidden states [N, D] to the run and tell vLLM what became output: nothing of a canvas until it is done."""
         count, device, canvases = input_batch.num_reqs, self.state.device, self.state.driver.canvases
         sampled = torch.zeros(count, 1, dtype=torch.int32, device=device)
         num_sampled, num_rejected = np.zeros((2, count), dtype=np.int32)

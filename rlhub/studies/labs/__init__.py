@@ -152,6 +152,7 @@ def _run_one(arm: Arm, config: Any, folder: Path, tick: Tick) -> None:
 
 
 def _run_in_processes(arms: Sequence[Arm], config: Any, folder: Path, report: Callable[[int], None]) -> None:
+    """Run arms in `config.parallel` processes, reporting finished units of work; the first failure stops all."""
     context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
     count, stop = context.Value("q", 0), context.Event()
     with ProcessPoolExecutor(config.parallel, context, _start_process, (count, stop)) as pool:

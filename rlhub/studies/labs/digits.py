@@ -65,6 +65,7 @@ class Config:
 
 
 def run(config: Config, progress: RunProgress, out: Path) -> Verdict:
+    """Train every curve and weight on every seed and judge the images by their distance to real ones."""
     arms = [
         Arm(
             f"{curve}_{weight}_seed{seed}",

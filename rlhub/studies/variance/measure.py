@@ -103,6 +103,12 @@ def _enumerable(recipe: Recipe, request: Request) -> _Problem:
 
 
 def _trained(recipe: Recipe, request: Request, console: Console) -> _Problem:
+    """What to measure on trained policies: their pairs, the reference they began with, and the policies, loaded one at a time.
+
+    Raises:
+        UserError: no policy, or no reference is known.
+        CheckpointError: a path holds no model.
+    """
     if not request.checkpoints:
         raise UserError("--pairs without a policy to measure; add --checkpoint PATH")
     folders, before = _policy_folders(request.checkpoints)
@@ -147,6 +153,12 @@ def _policy_folders(paths: Sequence[Path]) -> tuple[list[Path], Path | None]:
 
 
 def _pairs(recipe: Recipe, request: Request, tokenizer: Any, context: int, console: Console) -> Pairs:
+    """The held-out pairs of the recipe, or those of `--pairs`.
+
+    Raises:
+        UserError: there is no preference data.
+        DataError: no usable row is a pair.
+    """
     if request.pairs is None:
         if not recipe.pairs.data and recipe.task.name != "preferences":
             raise UserError(
@@ -165,6 +177,7 @@ def _pairs(recipe: Recipe, request: Request, tokenizer: Any, context: int, conso
 
 
 def _measure(laboratory: Laboratory, policy: nn.Module, enumerable: bool) -> dict[str, Any]:
+    """The cells of one policy, with the exact variances where all masks can be enumerated, and the factor that sharing noise gains."""
     setting = laboratory.setting
     if not enumerable:
         measured = laboratory.measure(policy)
@@ -278,6 +291,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def _write(result: dict[str, Any]) -> None:
+    """The folder of a measurement: numbers, tables, plot and the fitted adaptive views."""
     from rlhub.studies.variance.plot import draw_variance
 
     out, policies = Path(result["out"]), result["policies"]

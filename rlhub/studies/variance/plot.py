@@ -30,6 +30,7 @@ def draw_variance(result: dict[str, Any]) -> Plot:
 
 
 def _draw_cells(axes: Axes, policy: dict[str, Any]) -> None:
+    """Bars of the measured variance per pair (nats^2) of one policy's cells, with what theory expects as marks."""
     names = list(dict.fromkeys(row["cell"] for row in policy["cells"]))
     for offset, shared, label in ((-0.2, True, "shared noise"), (0.2, False, "independent noise")):
         rows = {row["cell"]: row for row in policy["cells"] if row["shared"] == shared}
@@ -47,6 +48,7 @@ def _draw_cells(axes: Axes, policy: dict[str, Any]) -> None:
 
 
 def _draw_trajectory(axes: Axes, policies: list[dict[str, Any]]) -> None:
+    """The ratio of independent to shared variance against the mean absolute score, a line for each allocation of draws."""
     for index, (cell, label) in enumerate([(PRIMARY, "8 x 1"), ("1 x 8", "1 x 8"), ("1 x 1", "1 x 1")]):
         points = [
             (policy["mean_absolute_score"], row["factor"])
