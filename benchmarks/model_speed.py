@@ -102,7 +102,6 @@ def measure(shape: str, device: str, rows: int, length: int, steps: int, rank: i
             span=whole,
             rewards=np.linspace(0, 1, rows)[None],
             member=np.arange(rows),
-            mask_id=config.mask_token_id,
         )
         speed("lora_step", seconds(lambda: learner.step(batch)), 3 * flops)
     if device == "cuda":

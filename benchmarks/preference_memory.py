@@ -66,7 +66,6 @@ def measure(draws: int, micro_batch_tokens: int) -> float:
         span=length,
         rewards=np.tile([1.0, 0.0], (PAIRS, 1)),
         member=np.tile([0, 1], PAIRS),
-        mask_id=256,
     )
     before = _peak_megabytes()
     views = learner.make_views(batch)

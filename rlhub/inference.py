@@ -27,7 +27,6 @@ from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.records.progress import RunProgress
 from rlhub.types import Batch, Credit, Request, Rollout
-from rlhub.views._rows import fit_blocks
 
 Prompt = str | list[dict[str, str]] | Sequence[int] | np.ndarray  # text, chat messages, or token ids
 
@@ -195,13 +194,13 @@ def log_likelihood(
         raise UserError(f"{len(prompt_ids)} + {len(ids)} prompt and completion tokens, the model's context is {model.network.max_length}")
     if not 0 <= guidance < math.inf:
         raise UserError(f"guidance must be 0 or more, got {guidance}")
-    batch = fit_blocks(_one_sample(model, prompt_ids, ids), model.network)
+    batch = _one_sample(prompt_ids, ids)
     part = load_part("views", LIKELIHOOD_VIEWS[views])
     sampled = views in ("elbo", "coupled")
     credit = Credit(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool))
     try:
         options = {"draws": draws} if sampled else {"order": order} if views == "chain" else {}
-        rows = part.make(batch, credit, part.Config(**options), Noise(seed).stream("views"), 0)
+        rows = part.make(batch, credit, part.Config(**options), Noise(seed).stream("views"), 0, model.network.profile)
     except ValueError as error:
         raise UserError(str(error)) from error
     log_prob = token_log_probs(model.network, rows, TOKENS_AT_ONCE, model.device, guidance)
@@ -237,7 +236,7 @@ def _checked_ids(model: Model, ids: Sequence[int] | np.ndarray, what: str) -> np
     return array.astype(np.int32)
 
 
-def _one_sample(model: Model, prompt_ids: np.ndarray, ids: np.ndarray) -> Batch:
+def _one_sample(prompt_ids: np.ndarray, ids: np.ndarray) -> Batch:
     length = np.array([len(ids)])
     first = np.zeros(1, dtype=np.int64)
     return Batch(
@@ -249,5 +248,4 @@ def _one_sample(model: Model, prompt_ids: np.ndarray, ids: np.ndarray) -> Batch:
         span=length,
         rewards=np.zeros((1, 1)),
         member=first,
-        mask_id=model.mask_id,
     )

@@ -139,13 +139,11 @@ class Batch:
     span: np.ndarray  # int64 [B], scored tokens: canvas length or response length
     rewards: np.ndarray  # float64 [P, G], NaN where invalid or missing
     member: np.ndarray  # int64 [B], column of each sample in `rewards`
-    mask_id: int
     unmask_step: list[np.ndarray] | None = None  # int16 [L] each
     logp_model: list[np.ndarray] | None = None  # float32 [L] each
     block_length: int = 0  # sampler block; 0 when the canvas is one block
     step_rewards: np.ndarray | None = None  # float64 [P, G, S], grades of intermediate states
     epoch: int = 0
-    model_block: int = 0  # block length of a block-causal model, counted from the prompt's first token; 0: full attention
     segments: list[np.ndarray] | None = None  # int32 [span] each: packed documents, which do not see each other
 
     def __len__(self) -> int:

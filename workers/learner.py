@@ -33,7 +33,6 @@ from rlhub.networks.experts import Routing, record_routing, routers
 from rlhub.networks.lora import adapters_off, has_adapters, training_state
 from rlhub.noise import Noise
 from rlhub.types import Batch, LogLikelihood, Receipt, Rollout, Views
-from rlhub.views._rows import fit_blocks
 from workers.sync import buckets_of, receipt_of
 from workers.transports.collective import GroupMember, open_store, send_state
 
@@ -117,8 +116,8 @@ class Learner(GroupMember):
 
     def make_views(self, batch: Batch) -> list[Views]:
         """The views of every inner update of a batch; views that do not change between updates are made once."""
-        credit, batch = self.algorithm.credit(batch), fit_blocks(batch, self.network)
-        return [self.algorithm.make_views(batch, credit, self.noise, update) for update in range(self.algorithm.num_views)]
+        credit, profile = self.algorithm.credit(batch), self.network.profile
+        return [self.algorithm.make_views(batch, credit, self.noise, update, profile) for update in range(self.algorithm.num_views)]
 
     def estimate(self, algorithm: AlgorithmConfig, batch: Batch, base: bool = False) -> LogLikelihood:
         """The policy's estimate for a batch under the first views of an algorithm, which need not be the one that is trained.
@@ -128,7 +127,7 @@ class Learner(GroupMember):
         """
         parts = Algorithm.compose(algorithm)
         credit = parts.credit(batch)
-        views = parts.make_views(fit_blocks(batch, self.network), credit, self.noise, 0)
+        views = parts.make_views(batch, credit, self.noise, 0, self.network.profile)
         with adapters_off(self.network) if base else nullcontext():
             return parts.estimate(self._all_log_probs(views), views, credit)
 
@@ -188,7 +187,7 @@ class Learner(GroupMember):
             if self.algorithm.config.shared_noise:
                 return self._all_log_probs(views[index])
             credit = self.algorithm.credit(batch)
-            own = self.algorithm.make_views(batch, credit, self.noise, index, self.algorithm.reference_noise)
+            own = self.algorithm.make_views(batch, credit, self.noise, index, self.network.profile, self.algorithm.reference_noise)
             return self.algorithm.estimate(self._all_log_probs(own), own, credit)
 
     def _update(self, batch, views, credit, proximal, reference, routes=None):

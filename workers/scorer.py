@@ -15,7 +15,6 @@ from rlhub.config.schema import AlgorithmConfig
 from rlhub.networks.lora import training_state
 from rlhub.noise import Noise
 from rlhub.types import Batch, LogLikelihood, Receipt, Views
-from rlhub.views._rows import fit_blocks
 from workers.sync import load_buckets, receipt_of
 
 
@@ -61,10 +60,10 @@ class Scorer:
         The views are made here, from the same keys as the learner's.
         """
         parts = Algorithm.compose(algorithm)
-        credit, noise, batch = parts.credit(batch), Noise(run_seed), fit_blocks(batch, self.network)
+        credit, noise = parts.credit(batch), Noise(run_seed)
         found = {}
         for index in range(first, parts.num_views, stride):
-            views = parts.make_views(batch, credit, noise, index, parts.reference_noise)
+            views = parts.make_views(batch, credit, noise, index, self.network.profile, parts.reference_noise)
             log_prob = token_log_probs(self.network, views, self.micro_batch_tokens, self.device)
             found[index] = parts.estimate(log_prob, views, credit)
         return found

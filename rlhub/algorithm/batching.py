@@ -12,7 +12,7 @@ import torch
 from rlhub.types import Batch, RewardResult, Rollout, Views
 
 
-def make_batch(rollouts: Sequence[Rollout], *, mask_id: int, span: str, block_length: int = 0, on_invalid: str = "drop_sample") -> Batch:
+def make_batch(rollouts: Sequence[Rollout], *, span: str, block_length: int = 0, on_invalid: str = "drop_sample") -> Batch:
     """Arrange graded rollouts in uid order.
 
     Args:
@@ -54,7 +54,6 @@ def make_batch(rollouts: Sequence[Rollout], *, mask_id: int, span: str, block_le
         span=canvas if span == "canvas" else length,
         rewards=rewards,
         member=member,
-        mask_id=mask_id,
         unmask_step=[rollout.unmask_step for rollout in rollouts],
         logp_model=[rollout.logp_model for rollout in rollouts],
         block_length=block_length,

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhub.algorithm.kl import mean_penalty
 from rlhub.algorithm.off_policy import correction_metrics, correction_weights, weighted_credit
 from rlhub.config.schema import AlgorithmConfig
+from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.parts import load_part, part_config
 from rlhub.types import Batch, Credit, LogLikelihood, Scores, Views
@@ -105,10 +106,11 @@ class Algorithm:
         rewards = batch.rewards if batch.step_rewards is None else batch.step_rewards
         return module.assign(rewards, batch, config)
 
-    def make_views(self, batch: Batch, credit: Credit, noise: Noise, update: int, purpose: str = "views") -> Views:
+    def make_views(self, batch: Batch, credit: Credit, noise: Noise, update: int, profile: Profile, purpose: str = "views") -> Views:
         """The views of one inner update; the same for all of them unless `fresh_views: update`."""
         module, config = self.views
-        return module.make(batch, credit, config, noise.stream(purpose), update if self.config.fresh_views == "update" else 0)
+        own = update if self.config.fresh_views == "update" else 0
+        return module.make(batch, credit, config, noise.stream(purpose), own, profile)
 
     @property
     def num_views(self) -> int:

@@ -70,7 +70,6 @@ class Pairs:
             span=np.maximum(length, self.canvas),
             rewards=self.rewards[which],
             member=np.tile(np.arange(size), len(which)),
-            mask_id=self.mask_id,
             epoch=epoch,
         )
 

@@ -18,7 +18,7 @@ from rlhub.algorithm.batching import MicroBatch
 from rlhub.networks.layout import slice_layout, to_device
 from rlhub.noise import Noise
 from rlhub.types import NEVER, Batch, Rollout, Views
-from rlhub.views._rows import Row, build_views, fit_blocks
+from rlhub.views._rows import Row, build_views
 
 STATES = 8  # of a rollout that are replayed, so that the cost does not grow with the number of denoising steps
 TOLERANCE = 1e-3  # nats; fp32 on the same device stays below 1e-5
@@ -80,13 +80,12 @@ def replay_views(states: Sequence[State], network: torch.nn.Module) -> Views:
         span=length,
         rewards=np.zeros((len(states), 1)),
         member=np.zeros(len(states), dtype=np.int64),
-        mask_id=network.mask_id,
     )
     rows = [
         Row(sample, 0, masked=canvas == network.mask_id, scored=scored, step=step)
         for sample, (canvas, scored, (_, step)) in enumerate(zip(canvases, written, states, strict=True))
     ]
-    views = build_views(fit_blocks(batch, network), rows, 1)
+    views = build_views(batch, rows, 1, network.profile)
     targets = np.concatenate([rollout.completion_ids[scored] for (rollout, _), scored in zip(states, written, strict=True)])
     return replace(views, score_target=torch.from_numpy(targets.astype(np.int64)))
 

@@ -31,13 +31,13 @@ from rlhub.algorithm.scoring import token_log_probs
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.errors import DataError, UserError
 from rlhub.likelihoods import sequence_draws
+from rlhub.networks.profile import Profile
 from rlhub.noise import EVAL, Noise, sample_uid
 from rlhub.parts import load_part
 from rlhub.records.progress import RunProgress
 from rlhub.tasks import load_task
 from rlhub.types import Batch, Credit, Example
 from rlhub.views import all_masks, chain, model_blocks
-from rlhub.views._rows import fit_blocks
 
 METHODS = ("monte_carlo", "chain")
 NORMALIZATIONS = ("sum", "token", "byte")
@@ -193,17 +193,17 @@ def parse_choices(example: Example, config: Config) -> tuple[list[str], int]:
 def score_items(network: torch.nn.Module, items: Sequence[Item], config: Config, device: torch.device | str = "cpu") -> list[list[Score]]:
     """The scores of each item's choices; an item's do not depend on the others."""
     places = [(number, choice) for number, item in enumerate(items) for choice in range(len(item.choices))]
-    batch = fit_blocks(_batch(items, places, network.mask_id), network)
+    batch = _batch(items, places)
     kinds: dict[str, list[int]] = {}
     for sample in range(len(batch)):
-        kinds.setdefault(_views_of(batch, sample, config), []).append(sample)
+        kinds.setdefault(_views_of(batch, sample, network.profile, config), []).append(sample)
     scores: list[list[Score]] = [[None] * len(item.choices) for item in items]  # type: ignore[list-item]
     for name, samples in kinds.items():
         part = load_part("views", name)
         options = {"elbo": {"draws": config.draws, "levels": "stratified"}, "chain": {"order": config.order}}.get(name, {})
-        chosen = fit_blocks(_batch(items, [places[sample] for sample in samples], network.mask_id), network)
+        chosen = _batch(items, [places[sample] for sample in samples])
         credit = Credit(torch.zeros(len(samples), dtype=torch.float64), torch.ones(len(samples), dtype=torch.bool))
-        views = part.make(chosen, credit, part.Config(**options), Noise(config.seed).stream("likelihood"), 0)
+        views = part.make(chosen, credit, part.Config(**options), Noise(config.seed).stream("likelihood"), 0, network.profile)
         log_prob = token_log_probs(network, views, config.max_tokens, device, config.guidance)
         draws = sequence_draws(log_prob.double(), views)
         forwards = torch.bincount(views.sample, minlength=len(samples)) * (2 if config.guidance else 1)
@@ -301,14 +301,14 @@ def _chunks(items: Sequence[Item], config: Config) -> Iterator[list[Item]]:
         yield chunk
 
 
-def _views_of(batch: Batch, sample: int, config: Config) -> str:
+def _views_of(batch: Batch, sample: int, profile: Profile, config: Config) -> str:
     if config.method == "chain":
         return "chain"
-    longest = max(block.stop - block.start for block in model_blocks(batch, sample))
+    longest = max(block.stop - block.start for block in model_blocks(batch, sample, profile))
     return "all_masks" if longest <= all_masks.Config().max_tokens and 2**longest - 1 <= config.draws else "elbo"
 
 
-def _batch(items: Sequence[Item], places: Sequence[tuple[int, int]], mask_id: int) -> Batch:
+def _batch(items: Sequence[Item], places: Sequence[tuple[int, int]]) -> Batch:
     """Choices as samples; those of an item have one uid and so the same noise."""
     completions = [items[number].choices[choice] for number, choice in places]
     length = np.array([len(one) for one in completions])
@@ -321,5 +321,4 @@ def _batch(items: Sequence[Item], places: Sequence[tuple[int, int]], mask_id: in
         span=length,
         rewards=np.zeros((len(places), 1)),
         member=np.zeros(len(places), dtype=np.int64),
-        mask_id=mask_id,
     )

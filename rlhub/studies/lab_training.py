@@ -42,7 +42,7 @@ def tiny_llada(vocabulary: int, seed: int, *, width: int = 64, layers: int = 2, 
     return llada.build(config).initialize(torch.Generator().manual_seed(seed))
 
 
-def batch_of(prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray], mask_id: int, step: int = 0) -> Batch:
+def batch_of(prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray], step: int = 0) -> Batch:
     """One sample per prompt [Lp] and completion [L], all of it scored; `step` keys the noise."""
     count = len(completions)
     length = np.array([len(completion) for completion in completions])
@@ -55,7 +55,6 @@ def batch_of(prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray], m
         span=length,
         rewards=np.ones((count, 1)),
         member=np.zeros(count, dtype=np.int64),
-        mask_id=mask_id,
     )
 
 
@@ -91,7 +90,7 @@ def masked_loss(
 
     def loss(step: int) -> Tensor:
         batch = make_batch(step)
-        views = part.make(batch, None, options, stream, 0)
+        views = part.make(batch, None, options, stream, 0, network.profile)
         (whole,) = micro_batches(views, int(views.layout.row_offsets[-1]))
         log_prob = micro_batch_log_probs(network, views, whole)
         return -(log_prob * views.score_weight).sum() / (int(batch.span.sum()) * views.num_draws)

@@ -105,7 +105,6 @@ def run_online(session: Session) -> None:
         batch = crew.runtime.put(
             make_batch(
                 trained,
-                mask_id=session.tokenizer.mask_token_id,
                 span=algorithm.length,
                 block_length=recipe.sampler.block_length,
                 on_invalid=algorithm.on_invalid,

@@ -33,7 +33,7 @@ class PackedDocuments:
         packing: adaptive, eod or direct.
 
     Example:
-        >>> packed = PackedDocuments([np.arange(3), np.arange(5)], "eod", 4, eos_id=9, mask_id=8, noise=Noise(0))
+        >>> packed = PackedDocuments([np.arange(3), np.arange(5)], "eod", 4, eos_id=9, noise=Noise(0))
         >>> packed.rows_per_epoch
         3
     """
@@ -42,7 +42,6 @@ class PackedDocuments:
     packing: str
     length: int
     eos_id: int
-    mask_id: int
     noise: Noise
     _last: list[Any] = field(default_factory=lambda: [-1, None, None], compare=False)  # the epoch that was asked for last
 
@@ -73,7 +72,7 @@ class PackedDocuments:
         """The rows of a step, counted from 1."""
         rows = [self.row((step - 1) * size + number) for number in range(size)]
         segments = [document for _, document in rows] if self.packing == "adaptive" else None
-        return document_batch([tokens for tokens, _ in rows], self.mask_id, SFT, step, segments)
+        return document_batch([tokens for tokens, _ in rows], SFT, step, segments)
 
 
 def pack_documents(task: Task, tokenizer: Any, packing: str, length: int, noise: Noise) -> PackedDocuments:
@@ -83,7 +82,7 @@ def pack_documents(task: Task, tokenizer: Any, packing: str, length: int, noise:
         DataError: a document holds the mask token.
     """
     documents = encode_documents(task, tokenizer)
-    return PackedDocuments(documents, packing, length, tokenizer.eos_token_id, tokenizer.mask_token_id, noise)
+    return PackedDocuments(documents, packing, length, tokenizer.eos_token_id, noise)
 
 
 def encode_documents(task: Task, tokenizer: Any) -> list[np.ndarray]:
@@ -102,7 +101,7 @@ def encode_documents(task: Task, tokenizer: Any) -> list[np.ndarray]:
     return [document for document in documents if len(document)]
 
 
-def document_batch(rows: Sequence[np.ndarray], mask_id: int, phase: int, step: int, segments: list[np.ndarray] | None = None) -> Batch:
+def document_batch(rows: Sequence[np.ndarray], phase: int, step: int, segments: list[np.ndarray] | None = None) -> Batch:
     """Rows of tokens without prompts as a batch."""
     length = np.array([len(row) for row in rows])
     return Batch(
@@ -114,7 +113,6 @@ def document_batch(rows: Sequence[np.ndarray], mask_id: int, phase: int, step: i
         span=length,
         rewards=np.ones((len(rows), 1)),
         member=np.zeros(len(rows), dtype=np.int64),
-        mask_id=mask_id,
         segments=segments,
     )
 
@@ -128,6 +126,6 @@ def evaluate_documents(crew: Any, recipe: Any, task: Task, tokenizer: Any) -> di
         return {}
     total = 0.0
     for first in range(0, len(documents), PIECE):
-        batch = document_batch(documents[first : first + PIECE], tokenizer.mask_token_id, EVAL, first // PIECE)
+        batch = document_batch(documents[first : first + PIECE], EVAL, first // PIECE)
         total += float(crew.learn("estimate", eval_algorithm(recipe), batch).value.sum())
     return {"eval/elbo_per_token": total / sum(map(len, documents)), "eval/num_documents": len(documents)}

@@ -137,7 +137,6 @@ def demonstration_batch(task: Task, tokenizer: Any, recipe: Recipe, step: int) -
         span=span,
         rewards=np.ones((size, 1)),
         member=np.zeros(size, dtype=np.int64),
-        mask_id=tokenizer.mask_token_id,
         unmask_step=[np.full(canvas, NEVER, dtype=np.int16)] * size,
         block_length=recipe.sampler.block_length,
     )

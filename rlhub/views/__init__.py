@@ -2,7 +2,7 @@
 
 A module here has a frozen dataclass `Config` and
 
-    make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views
+    make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views
     rows_per_sample(config: Config, steps: int) -> int      forwards that one sample costs, for `rlhub plan`
 
 Draw k of sample b takes its noise from the key (uid_b, epoch, update, draw k) and from nothing else, so policy, proximal and
@@ -11,9 +11,10 @@ reference see the same masks and the result does not depend on how the batch is 
 A budget of n = n_t n_y draws may put n_y = `masks_per_level` masks on each of n_t noise levels; its variance is V_t / n_t + V_y / n, so
 n_y = 1 is best (VRPO, arXiv 2505.19223, Lemma 5 and Proposition 1).
 
-A block-causal model (`Batch.model_block`) generates block after block. `elbo`, `coupled`, `supervised` and `all_masks` noise each block on
-its own and show it the blocks before clean: the sum of the blocks' ELBOs given their prefix. `trajectory` and `prefix` replay states. The
-other views mask the whole completion at once, which is a proxy there (`EXACT_ON_BLOCKS` names those that are none).
+The profile names the mask, and the blocks of a block-causal model, which generates block after block. `elbo`, `coupled`, `supervised` and
+`all_masks` noise each block on its own and show it the blocks before clean: the sum of the blocks' ELBOs given their prefix. `trajectory`
+and `prefix` replay states. The other views mask the whole completion at once, which is a proxy there (`EXACT_ON_BLOCKS` names those that
+are none).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Literal
 
 import numpy as np
 
+from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch
 
@@ -72,9 +74,9 @@ def mask_count(noise: Stream, batch: Batch, sample: int, draw: int, num_draws: i
     return count_of(mask_level(noise, batch, sample, draw, num_draws, update, levels), int(batch.span[sample]), low)
 
 
-def model_blocks(batch: Batch, sample: int) -> list[slice]:
+def model_blocks(batch: Batch, sample: int, profile: Profile) -> list[slice]:
     """The parts of a sample's scored span that lie in each block of the model; one part for full attention."""
-    span, size = int(batch.span[sample]), batch.model_block
+    span, size = int(batch.span[sample]), profile.block_length
     inner = range(size - len(batch.prompts[sample]) % size, span, size) if size else ()
     return [slice(*edges) for edges in itertools.pairwise([0, *inner, span])]
 
@@ -101,6 +103,7 @@ def draw_masks(
     draw: int,
     num_draws: int,
     update: int,
+    profile: Profile,
     levels: str,
     low: int,
     masks_per_level: int = 1,
@@ -109,7 +112,7 @@ def draw_masks(
     span = int(batch.span[sample])
     masked, count, size = np.zeros(span, dtype=bool), np.zeros(span, dtype=np.int64), np.zeros(span, dtype=np.int64)
     key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "draw": draw}
-    for number, block in enumerate(model_blocks(batch, sample)):
+    for number, block in enumerate(model_blocks(batch, sample, profile)):
         tokens = block.stop - block.start
         level = mask_level(noise, batch, sample, draw // masks_per_level, num_draws // masks_per_level, update, levels, number)
         size[block], count[block] = tokens, count_of(level, tokens, low)

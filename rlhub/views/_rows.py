@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from rlhub.networks.layout import pack_layout
+from rlhub.networks.profile import Profile
 from rlhub.types import Attention, Batch, Layout, Views
 
 
@@ -37,17 +38,17 @@ class Row:
     clean_before: bool = False
 
 
-def build_views(batch: Batch, rows: Iterable[Row], num_draws: int, attention: Attention = "full") -> Views:
+def build_views(batch: Batch, rows: Iterable[Row], num_draws: int, profile: Profile) -> Views:
     """Pack noisy rows; the rows of a sample must be contiguous and in sample order.
 
-    On a block-causal model (`batch.model_block`) rows end with the last block that is scored, and a row with `clean_before` is
+    On a block-causal model rows end with the last block that is scored, and a row with `clean_before` is
     [clean | noisy]: a clean copy of the blocks before, then the noisy blocks of the completion.
 
     Raises:
         ValueError: the batch has packed documents and the model is block-causal.
     """
-    rows = list(rows)
-    if batch.model_block and batch.segments is not None:
+    rows, block_length = list(rows), profile.block_length
+    if block_length and batch.segments is not None:
         raise ValueError("packed documents need a model with full attention, this one is block-causal")
     tokens, grids, starts = [], [], []
     score_row, score_position, score_target, score_weight = [], [], [], []
@@ -55,13 +56,13 @@ def build_views(batch: Batch, rows: Iterable[Row], num_draws: int, attention: At
         prompt, span = batch.prompts[row.sample], int(batch.span[row.sample])
         completion = batch.completions[row.sample][:span]
         if row.prompt_masked is not None:
-            prompt = np.where(row.prompt_masked, batch.mask_id, prompt)
-        noisy = np.concatenate([prompt, np.where(row.masked, batch.mask_id, completion)])
+            prompt = np.where(row.prompt_masked, profile.mask_id, prompt)
+        noisy = np.concatenate([prompt, np.where(row.masked, profile.mask_id, completion)])
         positions = np.flatnonzero(row.masked if row.scored is None else row.scored)
         start = len(prompt)
-        if batch.model_block:
+        if block_length:
             last = start + int(positions[-1]) if len(positions) else len(noisy) - 1
-            noisy, start, *grid = _on_blocks(np.concatenate([prompt, completion]), noisy, start, last, batch.model_block, row.clean_before)
+            noisy, start, *grid = _on_blocks(np.concatenate([prompt, completion]), noisy, start, last, block_length, row.clean_before)
             grids.append(grid)
         elif batch.segments is not None:
             grids.append(_in_segments(batch.segments[row.sample][:span]))
@@ -77,7 +78,7 @@ def build_views(batch: Batch, rows: Iterable[Row], num_draws: int, attention: At
         sample=torch.tensor([row.sample for row in rows]),
         draw=torch.tensor([row.draw for row in rows]),
         tokens=torch.from_numpy(np.concatenate(tokens).astype(np.int32)),
-        layout=_layout(batch, rows, [len(row) for row in tokens], grids, attention),
+        layout=_layout(rows, [len(row) for row in tokens], grids, block_length),
         completion_start=torch.tensor(starts),
         score_row=torch.from_numpy(np.concatenate(score_row).astype(np.int64)),
         score_position=torch.from_numpy(np.concatenate(score_position).astype(np.int64)),
@@ -89,12 +90,6 @@ def build_views(batch: Batch, rows: Iterable[Row], num_draws: int, attention: At
         length=torch.from_numpy(np.asarray(batch.span, dtype=np.int64)),
         step=None if any(step is None for step in steps) else torch.tensor(steps),
     )
-
-
-def fit_blocks(batch: Batch, network: Any) -> Batch:
-    """The batch with the blocks of a block-causal network, along which its views are made; as it is for full attention."""
-    profile = network.profile
-    return replace(batch, model_block=profile.block_length) if profile.attention == "block_causal" else batch
 
 
 def _on_blocks(
@@ -117,11 +112,14 @@ def _in_segments(segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return index - np.maximum.accumulate(np.where(begins, index, 0)), segments
 
 
-def _layout(batch: Batch, rows: list[Row], lengths: list[int], grids: list[Any], attention: Attention) -> Layout:
-    layout = pack_layout(lengths, attention)
+def _layout(rows: list[Row], lengths: list[int], grids: list[Any], block_length: int | None) -> Layout:
+    """Of packed rows; `grids` holds their position and segment ids where these do not simply count up."""
+    layout = pack_layout(lengths)
     if not grids:
         return layout
     position, segment = (torch.from_numpy(np.concatenate(part).astype(np.int32)) for part in zip(*grids, strict=True))
-    blocks = position // batch.model_block if batch.model_block else layout.block_ids
-    attention = "block_diffusion" if any(row.clean_before for row in rows) else attention
-    return replace(layout, position_ids=position, segment_ids=segment, block_ids=blocks, attention=attention)
+    layout = replace(layout, position_ids=position, segment_ids=segment)
+    if not block_length:
+        return layout
+    attention: Attention = "block_diffusion" if any(row.clean_before for row in rows) else "full"
+    return replace(layout, block_ids=position // block_length, attention=attention)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
+from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws
@@ -42,7 +43,7 @@ class Config:
         return list(itertools.pairwise(self.edges or [place / self.draws for place in range(self.draws + 1)]))
 
 
-def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """One row per draw."""
     rows = []
     for sample, span in enumerate(batch.span.tolist()):
@@ -52,7 +53,7 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
             count = 1 + min(int(level * span), span - 1)
             masked = noise.subset(span, count, **key)
             rows.append(Row(sample, draw, masked, weight=config.draws * (high - low) * span / count))
-    return build_views(batch, rows, config.draws)
+    return build_views(batch, rows, config.draws, profile)
 
 
 def rows_per_sample(config: Config, steps: int) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import model_blocks
@@ -23,22 +24,22 @@ class Config:
     max_tokens: int = 12  # of a completion, or of a block of it
 
 
-def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """All rows of a sample are its draw 0.
 
     Raises:
         ValueError: there are more than `max_tokens` tokens to be masked together.
     """
-    rows = [row for sample in range(len(batch)) for row in _rows(batch, sample, config.max_tokens)]
-    return build_views(batch, rows, 1)
+    rows = [row for sample in range(len(batch)) for row in _rows(batch, sample, config.max_tokens, profile)]
+    return build_views(batch, rows, 1, profile)
 
 
 def rows_per_sample(config: Config, steps: int) -> int:
     return 2 ** min(steps, config.max_tokens) - 1
 
 
-def _rows(batch: Batch, sample: int, max_tokens: int) -> Iterator[Row]:
-    blocks, span = model_blocks(batch, sample), int(batch.span[sample])
+def _rows(batch: Batch, sample: int, max_tokens: int, profile: Profile) -> Iterator[Row]:
+    blocks, span = model_blocks(batch, sample, profile), int(batch.span[sample])
     longest = max(block.stop - block.start for block in blocks)
     if longest > max_tokens:
         raise ValueError(
@@ -52,4 +53,4 @@ def _rows(batch: Batch, sample: int, max_tokens: int) -> Iterator[Row]:
                 masked[block] = number >> np.arange(tokens)[::-1] & 1
                 size = int(masked[block].sum())
                 weight[block] = 1 / (size * math.comb(tokens, size))
-        yield Row(sample, 0, masked, weight, clean_before=batch.model_block > 0)
+        yield Row(sample, 0, masked, weight, clean_before=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views._rows import Row, build_views
@@ -25,7 +26,7 @@ class Config:
     score: str = "all"  # all: every masked position of the completion; block: those of the random block
 
 
-def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """One row per draw.
 
     Raises:
@@ -54,7 +55,7 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
                 rows.append(Row(sample, draw, masked, num_blocks * length / count, scored=block, prompt_masked=prompt_hidden))
             else:
                 rows.append(Row(sample, draw, masked, span / int(masked.sum()), prompt_masked=prompt_hidden))
-    return build_views(batch, rows, config.draws)
+    return build_views(batch, rows, config.draws, profile)
 
 
 def rows_per_sample(config: Config, steps: int) -> int:

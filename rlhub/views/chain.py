@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws, model_blocks
@@ -32,27 +33,27 @@ class Config:
             raise ValueError(f"draws={self.draws} of order {self.order} would all be the same; set draws to 1 or order to random")
 
 
-def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """One row per scored token and draw."""
     rows = []
     for sample, span in enumerate(batch.span.tolist()):
         for draw in range(config.draws):
-            rank = _rank(config.order, batch, sample, noise, update=update, draw=draw)
+            rank = _rank(config.order, batch, sample, profile, noise, update=update, draw=draw)
             rows += [Row(sample, draw, rank >= step, scored=rank == step, step=step) for step in range(span)]
-    return build_views(batch, rows, config.draws)
+    return build_views(batch, rows, config.draws, profile)
 
 
 def rows_per_sample(config: Config, steps: int) -> int:
     return config.draws * steps
 
 
-def _rank(order: str, batch: Batch, sample: int, noise: Stream, **key: int) -> np.ndarray:
+def _rank(order: str, batch: Batch, sample: int, profile: Profile, noise: Stream, **key: int) -> np.ndarray:
     """int64 [span], when each token is revealed."""
     rank = np.arange(int(batch.span[sample]))
     if order == "forward":
         return rank
     chance = noise.uniform(len(rank), uid=int(batch.uid[sample]), epoch=batch.epoch, **key)
-    for block in model_blocks(batch, sample):
+    for block in model_blocks(batch, sample, profile):
         local = np.argsort(np.argsort(chance[block], kind="stable")) if order == "random" else np.arange(block.stop - block.start)[::-1]
         rank[block] = block.start + local
     return rank

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views._rows import Row, build_views
@@ -23,7 +24,7 @@ class Config:
     high: float = 0.8
 
 
-def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """Three rows per draw; an empty half is left out."""
     rows = []
     for sample, span in enumerate(batch.span.tolist()):
@@ -35,7 +36,7 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
             for half, share in ((masked, ratio), (~masked, 1 - ratio)):
                 if half.any():
                     rows.append(Row(sample, draw, half, weight=0.5 / share))
-    return build_views(batch, rows, config.draws)
+    return build_views(batch, rows, config.draws, profile)
 
 
 def rows_per_sample(config: Config, steps: int) -> int:

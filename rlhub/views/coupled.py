@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import draw_masks
@@ -22,17 +23,17 @@ class Config:
     levels: str = "independent"  # independent | stratified: how the draws of one sample choose l
 
 
-def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """Two rows per draw; the empty half of l = 0 or l = L is left out."""
     rows = []
     for sample in range(len(batch)):
         for draw in range(config.draws):
-            drawn = draw_masks(noise, batch, sample, draw, config.draws, update, config.levels, 0)
+            drawn = draw_masks(noise, batch, sample, draw, config.draws, update, profile, config.levels, 0)
             for half, count in ((drawn.masked, drawn.count), (~drawn.masked, drawn.size - drawn.count)):
                 if half.any():
                     weight = 0.5 * (drawn.size + 1) / np.maximum(count, 1)  # a block of which the half has nothing is not scored
-                    rows.append(Row(sample, draw, half, weight, clean_before=batch.model_block > 0))
-    return build_views(batch, rows, config.draws)
+                    rows.append(Row(sample, draw, half, weight, clean_before=True))
+    return build_views(batch, rows, config.draws, profile)
 
 
 def rows_per_sample(config: Config, steps: int) -> int:

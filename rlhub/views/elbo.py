@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws, draw_masks
@@ -23,14 +24,14 @@ class Config:
         check_draws(self.draws, self.masks_per_level)
 
 
-def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """One row per draw."""
     rows = []
     for sample in range(len(batch)):
         for draw in range(config.draws):
-            drawn = draw_masks(noise, batch, sample, draw, config.draws, update, config.levels, 1, config.masks_per_level)
-            rows.append(Row(sample, draw, drawn.masked, weight=drawn.size / drawn.count, clean_before=batch.model_block > 0))
-    return build_views(batch, rows, config.draws)
+            drawn = draw_masks(noise, batch, sample, draw, config.draws, update, profile, config.levels, 1, config.masks_per_level)
+            rows.append(Row(sample, draw, drawn.masked, weight=drawn.size / drawn.count, clean_before=True))
+    return build_views(batch, rows, config.draws, profile)
 
 
 def rows_per_sample(config: Config, steps: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views._rows import Row, build_views
@@ -17,14 +18,14 @@ class Config:
     prompt_mask: float = 0.15  # probability that a prompt token is hidden
 
 
-def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """One row per draw, every completion token scored with weight 1."""
     rows = []
     for sample, span in enumerate(batch.span.tolist()):
         for draw in range(config.draws):
             hidden = noise.uniform(len(batch.prompts[sample]), uid=int(batch.uid[sample]), epoch=batch.epoch, update=update, draw=draw)
             rows.append(Row(sample, draw, np.ones(span, dtype=bool), prompt_masked=hidden < config.prompt_mask))
-    return build_views(batch, rows, config.draws)
+    return build_views(batch, rows, config.draws, profile)
 
 
 def rows_per_sample(config: Config, steps: int) -> int:

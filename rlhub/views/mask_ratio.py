@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhub.curves import MASK_RATIO, check_curve
+from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws
@@ -44,7 +45,7 @@ class Config:
             raise ValueError(f"t_min must be in [0, 1) and drop_prompt in [0, 1], got {self.t_min} and {self.drop_prompt}")
 
 
-def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """One row per draw; a draw that masks nothing contributes 0 and is left out."""
     rows = []
     for sample, span in enumerate(batch.span.tolist()):
@@ -58,7 +59,7 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
                 weight = LOG_SLOPE[config.curve](time) if config.weight == "elbo" else 1.0
                 hidden = np.ones(prompt, dtype=bool) if drop < config.drop_prompt else None
                 rows.append(Row(sample, draw, masked, weight, prompt_masked=hidden))
-    return build_views(batch, rows, config.draws)
+    return build_views(batch, rows, config.draws, profile)
 
 
 def rows_per_sample(config: Config, steps: int) -> int:

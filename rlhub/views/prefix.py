@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views._rows import Row, build_views
@@ -20,13 +21,13 @@ class Config:
     pass
 
 
-def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """One row per scored token; all of a sample's rows are its draw 0."""
     rows = []
     for sample, span in enumerate(batch.span.tolist()):
         position = np.arange(span)
         rows += [Row(sample, 0, position >= token, scored=position == token, step=token) for token in range(span)]
-    return build_views(batch, rows, 1)
+    return build_views(batch, rows, 1, profile)
 
 
 def rows_per_sample(config: Config, steps: int) -> int:

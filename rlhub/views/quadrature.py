@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views._rows import Row, build_views
@@ -21,7 +22,7 @@ class Config:
     draws: int = 1  # masks per level; each draw costs one forward per level
 
 
-def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """`points` rows per draw, weighted by the quadrature weight over t; a level that masks nothing contributes 0 and is left out."""
     nodes, weights = np.polynomial.legendre.leggauss(config.points)
     levels, weights = (nodes + 1) / 2, weights / 2
@@ -33,7 +34,7 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
                 masked = noise.uniform(span, **key) < level
                 if masked.any():
                     rows.append(Row(sample, draw, masked, weight=weight / level))
-    return build_views(batch, rows, config.draws)
+    return build_views(batch, rows, config.draws, profile)
 
 
 def rows_per_sample(config: Config, steps: int) -> int:

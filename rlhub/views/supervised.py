@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws, count_of, mask_level, model_blocks
@@ -50,14 +51,14 @@ class Config:
             raise ValueError(f"geometric and epsilon must lie between 0 and 1, got {self.geometric} and {self.epsilon}")
 
 
-def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """One row per draw, also where `masks: time` hides nothing."""
     rows = []
     for sample in range(len(batch)):
         for draw in range(config.draws):
-            masked, weight = _draw(batch, config, noise, sample, draw, update)
-            rows.append(Row(sample, draw, masked, weight, clean_before=batch.model_block > 0))
-    return build_views(batch, rows, config.draws)
+            masked, weight = _draw(batch, config, noise, sample, draw, update, profile)
+            rows.append(Row(sample, draw, masked, weight, clean_before=True))
+    return build_views(batch, rows, config.draws, profile)
 
 
 def rows_per_sample(config: Config, steps: int) -> int:
@@ -76,12 +77,14 @@ def context_weights(visible: np.ndarray, geometric: float) -> np.ndarray:
     return np.convolve(visible.astype(np.float64), np.concatenate([side[::-1], [0.0], side]))[reach:][: len(visible)]
 
 
-def _draw(batch: Batch, config: Config, noise: Stream, sample: int, draw: int, update: int) -> tuple[np.ndarray, np.ndarray]:
+def _draw(
+    batch: Batch, config: Config, noise: Stream, sample: int, draw: int, update: int, profile: Profile
+) -> tuple[np.ndarray, np.ndarray]:
     """Masks bool [span] and weights float64 [span] of one row."""
     span, prompt = int(batch.span[sample]), len(batch.prompts[sample])
     masked, weight = np.zeros(span, dtype=bool), np.ones(span)
     key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "draw": draw}
-    for number, block in enumerate(model_blocks(batch, sample)):
+    for number, block in enumerate(model_blocks(batch, sample, profile)):
         tokens = block.stop - block.start
         level = config.low + (config.high - config.low) * mask_level(
             noise, batch, sample, draw, config.draws, update, "independent", number

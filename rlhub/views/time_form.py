@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws, mask_level
@@ -25,7 +26,7 @@ class Config:
         check_draws(self.draws, self.masks_per_level)
 
 
-def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """One row per draw; a draw that masks nothing contributes 0 and is left out."""
     rows, num_levels = [], config.draws // config.masks_per_level
     for sample, span in enumerate(batch.span.tolist()):
@@ -35,7 +36,7 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
             masked = noise.uniform(span, uid=int(batch.uid[sample]), epoch=batch.epoch, update=update, draw=draw) < probability
             if masked.any():
                 rows.append(Row(sample, draw, masked, weight=1 / probability))
-    return build_views(batch, rows, config.draws)
+    return build_views(batch, rows, config.draws, profile)
 
 
 def rows_per_sample(config: Config, steps: int) -> int:

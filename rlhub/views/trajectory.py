@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import NEVER, Batch, Credit, Views
 from rlhub.views._rows import Row, build_views
@@ -24,7 +25,7 @@ class Config:
     top: int = 0  # slices kept per sample, those with the largest |advantage|; 0: all
 
 
-def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int) -> Views:
+def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """A row for each slice that committed a scored token; all of a sample's rows are its draw 0.
 
     Raises:
@@ -45,7 +46,7 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
         for first in used.tolist():
             masked = (steps == NEVER) | (steps >= first)
             rows.append(Row(sample, 0, masked, scored=(steps != NEVER) & (starts == first), step=first))
-    return build_views(batch, rows, 1)
+    return build_views(batch, rows, 1, profile)
 
 
 def slice_starts(steps: np.ndarray, config: Config) -> np.ndarray:

@@ -20,6 +20,7 @@ from rlhub.algorithm.kl import mean_penalty, penalty
 from rlhub.algorithm.scoring import token_log_probs
 from rlhub.config.schema import AlgorithmConfig, KLConfig
 from rlhub.likelihoods import by_sign, elbo, eubo, exact, mean_field, trajectory
+from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.objectives import clipped_surrogate, sequence_clip
 from rlhub.oracle import elbo_exact
@@ -85,7 +86,7 @@ class Joint(Table):
         return self.joint.view((self.vocab,) * self.length)[tuple(completion)].log().item()
 
 
-def make_batch(completions, *, vocab: int = VOCAB, span=None, unmask_step=None, block_length: int = 0) -> Batch:
+def make_batch(completions, *, span=None, unmask_step=None, block_length: int = 0) -> Batch:
     size = len(completions)
     return Batch(
         uid=np.arange(size, dtype=np.uint64),
@@ -96,10 +97,16 @@ def make_batch(completions, *, vocab: int = VOCAB, span=None, unmask_step=None, 
         span=np.full(size, len(completions[0])) if span is None else np.asarray(span),
         rewards=np.ones((1, size)),
         member=np.arange(size),
-        mask_id=vocab,
         unmask_step=unmask_step,
         block_length=block_length,
     )
+
+
+def profile_of(vocab: int) -> Profile:
+    return Profile(mask_id=vocab, eos_id=0, stop_ids=(0,), pad_id=0, lora_targets="")
+
+
+PROFILE = profile_of(VOCAB)
 
 
 def credit_of(advantages) -> Credit:
@@ -125,7 +132,7 @@ def every_mask(completion, vocab: int = VOCAB):
     masks = list(subsets(length))
     weights = [len(masks) / (math.comb(length, int(mask.sum())) * int(mask.sum())) for mask in masks]
     rows = [Row(0, draw, mask, weight) for draw, (mask, weight) in enumerate(zip(masks, weights, strict=True))]
-    return build_views(make_batch([completion], vocab=vocab), rows, len(masks))
+    return build_views(make_batch([completion]), rows, len(masks), profile_of(vocab))
 
 
 def order_log_probs(model, completion):
@@ -241,7 +248,7 @@ def test_estimators_are_unbiased(case):
     module, config = UNBIASED[case]
     model = Table(seed=1, scale=0.5)
     batch = make_batch([COMPLETION] * 1000)
-    views = module.make(batch, credit_of(np.ones(1000)), config, NOISE.stream("views"), 0)
+    views = module.make(batch, credit_of(np.ones(1000)), config, NOISE.stream("views"), 0, PROFILE)
     estimate = elbo.estimate(token_log_probs(model, views, 10**9).double(), views, None, elbo.Config())
     expected = {
         "blocks": block_elbo(model, COMPLETION, 2),
@@ -264,7 +271,7 @@ def test_quadrature_has_a_small_bias_beyond_its_degree():
         t = (node + 1) / 2
         for mask in subsets(LENGTH):
             total += weight / 2 * t ** (mask.sum() - 1) * (1 - t) ** (~mask).sum() * of(mask)[torch.from_numpy(mask)].sum().item()
-    views = quadrature.make(make_batch([COMPLETION] * 1000), None, quadrature.Config(points=1), NOISE.stream("views"), 0)
+    views = quadrature.make(make_batch([COMPLETION] * 1000), None, quadrature.Config(points=1), NOISE.stream("views"), 0, PROFILE)
     draws = elbo.estimate(token_log_probs(model, views, 10**9).double(), views, None, elbo.Config()).value
     assert abs(draws.mean().item() - total) < 4 * (draws.std() / 1000**0.5).item()
 
@@ -273,10 +280,10 @@ def test_variance_of_the_uniform_model():
     """l-form: every draw is -L log V. Coupled: variance (L - 1) / 2 (log V)^2, from the two values of a draw and their odds."""
     length, draws = 6, 4000
     batch, log_vocab = make_batch([[0] * length]), math.log(VOCAB)
-    views = l_form.make(batch, None, l_form.Config(draws=50), NOISE.stream("views"), 0)
+    views = l_form.make(batch, None, l_form.Config(draws=50), NOISE.stream("views"), 0, PROFILE)
     flat = elbo.estimate(torch.full((len(views.score_row),), -log_vocab, dtype=torch.float64), views, None, elbo.Config()).draws
     torch.testing.assert_close(flat, torch.full_like(flat, -length * log_vocab), rtol=1e-6, atol=0)
-    views = coupled.make(batch, None, coupled.Config(draws=draws), NOISE.stream("views"), 0)
+    views = coupled.make(batch, None, coupled.Config(draws=draws), NOISE.stream("views"), 0, PROFILE)
     pairs = elbo.estimate(torch.full((len(views.score_row),), -log_vocab, dtype=torch.float64), views, None, elbo.Config()).draws[0]
     high, low = -(length + 1) / 2 * log_vocab, -(length + 1) * log_vocab
     is_high = (pairs - high).abs() < 1e-5
@@ -314,7 +321,7 @@ def test_stratified_draws_of_a_sample_fill_the_strata():
 
 def test_coupled_halves_partition_the_positions():
     batch = make_batch([COMPLETION] * 200)
-    views = coupled.make(batch, None, coupled.Config(draws=2), NOISE.stream("views"), 0)
+    views = coupled.make(batch, None, coupled.Config(draws=2), NOISE.stream("views"), 0, PROFILE)
     draw = views.score_sample * 2 + views.score_draw
     scored = torch.zeros(400, LENGTH).index_put((draw, views.score_token), torch.ones(len(draw)), accumulate=True)
     assert (scored == 1).all()
@@ -329,7 +336,7 @@ def test_prompt_and_padding_stay_out(case):
     """Prompts are visible, tokens past the span are neither shown nor scored."""
     module, config = UNBIASED[case]
     first, second = (make_batch([[2, 0, 1, last]] * 20, span=[3] * 20) for last in (0, 2))
-    views, same = (module.make(batch, None, config, NOISE.stream("views"), 0) for batch in (first, second))
+    views, same = (module.make(batch, None, config, NOISE.stream("views"), 0, PROFILE) for batch in (first, second))
     assert torch.equal(views.tokens, same.tokens) and torch.equal(views.score_position, same.score_position)
     assert (views.layout.lengths == 4).all() and (views.tokens.view(-1, 4)[:, 0] == 0).all()
     assert views.score_token.max() == 2
@@ -356,7 +363,7 @@ def test_permuting_positions_changes_nothing():
 def test_prefix_views_give_the_exact_log_probability():
     model = Joint(seed=1)
     completions = [COMPLETION, [0, 0, 0, 0], [1, 2, 0, 2]]
-    views = prefix.make(make_batch(completions), None, prefix.Config(), NOISE.stream("views"), 0)
+    views = prefix.make(make_batch(completions), None, prefix.Config(), NOISE.stream("views"), 0, PROFILE)
     log_prob = score(model, views)
     sequence = exact.estimate(log_prob, views, None, exact.Config(granularity="sequence"))
     tokens = exact.estimate(log_prob, views, None, exact.Config())
@@ -371,7 +378,7 @@ def test_trajectory_views_replay_the_rollout():
     model = Table(seed=3)
     steps = np.array([1, NEVER, 0, 2], dtype=np.int16)
     batch = make_batch([[2, VOCAB, 1, 1]], unmask_step=[steps])
-    views = replay.make(batch, credit_of([1.0]), replay.Config(), NOISE.stream("views"), 0)
+    views = replay.make(batch, credit_of([1.0]), replay.Config(), NOISE.stream("views"), 0, PROFILE)
     estimate = trajectory.estimate(score(model, views), views, credit_of([1.0]), trajectory.Config())
     of = model.log_prob([2, 0, 1, 1])
     everywhere = np.ones(LENGTH, dtype=bool)
@@ -380,7 +387,7 @@ def test_trajectory_views_replay_the_rollout():
     assert estimate.value[0].tolist() == [pytest.approx(value) for value in expected]
     assert estimate.mask[0].tolist() == [True, False, True, True] and estimate.kind == "exact" and estimate.length.tolist() == [3]
     filled = make_batch([[2, 0, 1, 1]], unmask_step=[steps])  # as when a stopped row is filled with EOS
-    same = replay.make(filled, credit_of([1.0]), replay.Config(), NOISE.stream("views"), 0)
+    same = replay.make(filled, credit_of([1.0]), replay.Config(), NOISE.stream("views"), 0, PROFILE)
     assert torch.equal(same.tokens, views.tokens) and torch.equal(same.score_position, views.score_position)
     by_step = trajectory.estimate(score(model, views), views, credit_of(np.ones((1, 5))), trajectory.Config(granularity="step"))
     assert by_step.value[0].tolist() == [pytest.approx(value) for value in (expected[2], expected[0], expected[3], 0.0, 0.0)]
@@ -393,10 +400,10 @@ def test_merged_slices_run_from_one_forward_to_one_step_each():
     batch = make_batch([COMPLETION], unmask_step=[steps])
 
     def replayed(credit=None, **options):
-        views = replay.make(batch, credit, replay.Config(**options), NOISE.stream("views"), 0)
+        views = replay.make(batch, credit, replay.Config(**options), NOISE.stream("views"), 0, PROFILE)
         return views, trajectory.estimate(score(model, views), views, credit_of([1.0]), trajectory.Config(merged=True)).value
 
-    whole = full_mask.make(batch, None, full_mask.Config(prompt_mask=0.0), NOISE.stream("views"), 0)
+    whole = full_mask.make(batch, None, full_mask.Config(prompt_mask=0.0), NOISE.stream("views"), 0, PROFILE)
     marginal = mean_field.estimate(score(model, whole), whole, None, mean_field.Config()).value
     torch.testing.assert_close(replayed(segments=1)[1], marginal)
     torch.testing.assert_close(replayed(segments=4)[1], replayed(shrink=1)[1])
@@ -410,7 +417,9 @@ def test_merged_slices_run_from_one_forward_to_one_step_each():
 
 def test_full_mask_and_complement_average_two_contexts():
     size = 2000
-    views = complement_plus_full.make(make_batch([COMPLETION] * size), None, complement_plus_full.Config(), NOISE.stream("views"), 0)
+    views = complement_plus_full.make(
+        make_batch([COMPLETION] * size), None, complement_plus_full.Config(), NOISE.stream("views"), 0, PROFILE
+    )
     token = (views.score_sample, views.score_token)
     assert (torch.zeros(size, LENGTH).index_put(token, torch.tensor(1.0), accumulate=True) == 2).all()  # fully masked, and in its half
     first = torch.searchsorted(views.score_row, torch.arange(views.num_rows))
@@ -433,7 +442,7 @@ def test_full_mask_and_complement_average_two_contexts():
 def test_tokens_that_no_draw_masked_are_left_to_the_option():
     batch = make_batch([COMPLETION])
     masks = [np.arange(LENGTH) < 2, np.arange(LENGTH) < 1]
-    views = build_views(batch, [Row(0, 0, masks[0], 2.0), Row(0, 1, masks[1], 4.0)], 2)
+    views = build_views(batch, [Row(0, 0, masks[0], 2.0), Row(0, 1, masks[1], 4.0)], 2, PROFILE)
     log_prob = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64)
     covered = math.log((2 * math.exp(-1.5) + 4 * math.exp(-0.75)) / 2) / 1.5 + math.log(2 * math.exp(-3.0) / 2) / 1.5
     assert eubo.estimate(log_prob, views, None, eubo.Config(beta=1.5)).value.item() == pytest.approx(covered)
@@ -451,7 +460,7 @@ def test_upper_bound_survives_tiny_probabilities():
 def test_sign_of_the_advantage_picks_the_bound():
     model = Table(seed=4)
     batch = make_batch([COMPLETION] * 3)
-    views = coupled.make(batch, None, coupled.Config(draws=2), NOISE.stream("views"), 0)
+    views = coupled.make(batch, None, coupled.Config(draws=2), NOISE.stream("views"), 0, PROFILE)
     log_prob = score(model, views).detach()
     lower = elbo.estimate(log_prob, views, None, elbo.Config()).value
     upper = eubo.estimate(log_prob, views, None, eubo.Config(beta=1.2)).value
@@ -488,7 +497,7 @@ def test_espo_gradient_at_the_old_policy_is_reinforce_of_the_elbo(kl):
     algorithm = Algorithm.compose(config)
     batch = make_batch([COMPLETION, [0, 0, 1, 2], [1, 1, 1, 1]] * 4)
     advantages = torch.linspace(-1, 1, 12, dtype=torch.float64)
-    views = algorithm.make_views(batch, credit_of(advantages), NOISE, 0)
+    views = algorithm.make_views(batch, credit_of(advantages), NOISE, 0, PROFILE)
     rows = torch.bincount(views.sample * 2 + views.draw, minlength=24)
     assert (rows == 1).any()  # l = 0 or l = L occurs
     log_prob = score(Table(seed=5), views).detach()
@@ -557,8 +566,8 @@ def test_shared_masks_cancel_in_the_difference():
     with torch.no_grad():
         other.logits += 0.05 * Table(seed=7).logits
     batch = make_batch([COMPLETION] * 400)
-    first = coupled.make(batch, None, coupled.Config(draws=1), NOISE.stream("views"), 0)
-    second = coupled.make(batch, None, coupled.Config(draws=1), NOISE.stream("views"), 1)
+    first = coupled.make(batch, None, coupled.Config(draws=1), NOISE.stream("views"), 0, PROFILE)
+    second = coupled.make(batch, None, coupled.Config(draws=1), NOISE.stream("views"), 1, PROFILE)
 
     def value(table, views):
         return elbo.estimate(score(table, views).detach(), views, None, elbo.Config()).value
@@ -596,7 +605,7 @@ def test_ratio_is_biased_by_half_the_variance():
     masks = list(subsets(LENGTH))
     chance = torch.tensor([1 / (LENGTH * math.comb(LENGTH, int(mask.sum()))) for mask in masks], dtype=torch.float64)
     rows = [Row(0, draw, mask, LENGTH / int(mask.sum())) for draw, mask in enumerate(masks)]
-    views = build_views(make_batch([COMPLETION]), rows, len(masks))
+    views = build_views(make_batch([COMPLETION]), rows, len(masks), PROFILE)
     draws = [elbo.estimate(score(table, views).detach(), views, None, elbo.Config()).draws[0] for table in (other, model)]
     delta = (draws[0] - draws[1]) / LENGTH
     mean = (chance * delta).sum()
@@ -612,7 +621,7 @@ def test_one_token_is_exact(module):
     model = Table(seed=10, length=1)
     batch = make_batch([[0], [1], [2]] * 5)
     options = {"prompt_mask": 0.0} if module is full_mask else {"draws": 3} if module in (l_form, coupled) else {}
-    views = module.make(batch, None, module.Config(**options), NOISE.stream("views"), 0)
+    views = module.make(batch, None, module.Config(**options), NOISE.stream("views"), 0, PROFILE)
     value = elbo.estimate(score(model, views).detach(), views, None, elbo.Config()).value
     log_policy = model.logits[model.state(torch.tensor([VOCAB])), 0].log_softmax(-1).detach()
     torch.testing.assert_close(value, log_policy.repeat(5), rtol=1e-6, atol=0)

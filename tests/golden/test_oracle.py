@@ -26,6 +26,7 @@ from rlhub.noise import Noise
 from rlhub.types import Request, RewardResult, Rollout
 
 MASK, EOS, VOCAB, LENGTH = 0, 1, 14, 12
+PROFILE = Profile(mask_id=MASK, eos_id=EOS, stop_ids=(EOS,), pad_id=EOS, lora_targets="")
 NEAR_TIE = 1e-5  # nats; below it two exact fp32 implementations may decide differently
 NOISE = Noise(run_seed=11)
 
@@ -234,7 +235,7 @@ class ConstantModel:
     """Predicts the same everywhere; ids 0 (mask) and 1 (EOS) come first. Counts the rows and positions that it is asked for."""
 
     mask_id, eos_id, max_length = 0, 1, 1 << 20
-    profile = Profile(mask_id=0, eos_id=1, stop_ids=(1,), pad_id=1, lora_targets="")
+    profile = PROFILE
 
     def __init__(self, logits: np.ndarray = LOGITS) -> None:
         self.logits = torch.tensor([9.0, 9.0, *logits], dtype=torch.float32)  # mask and EOS would win if they were not ruled out
@@ -439,9 +440,9 @@ def test_algorithm_equals_the_explicit_formulas(span, kl):
     theta, old, far = (0.5 * torch.randn(LENGTH, LENGTH + 1, generator=draw, dtype=torch.float64) for _ in range(3))
     theta = (0.3 * old + 0.7 * theta).requires_grad_()
     update = 3
-    batch = make_batch(graded(), mask_id=MASK, span=span)
+    batch = make_batch(graded(), span=span)
     credit = algorithm.credit(batch)
-    views = algorithm.make_views(batch, credit, NOISE, update)
+    views = algorithm.make_views(batch, credit, NOISE, update, PROFILE)
     log_probs = LogProbs(table_scores(theta, views, batch), table_scores(old, views, batch), table_scores(far, views, batch))
     loss, metrics = algorithm.loss(algorithm.scores(log_probs, views, batch, credit), credit)
     (gradient,) = torch.autograd.grad(loss, theta, retain_graph=True)
@@ -485,9 +486,9 @@ def test_update_equals_oracle_step():
     old, reference = network(), network(7)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01) for model in (policy, twin)]
     for update in range(2):
-        batch = make_batch(graded(), mask_id=MASK, span="canvas")
+        batch = make_batch(graded(), span="canvas")
         credit = algorithm.credit(batch)
-        views = algorithm.make_views(batch, credit, NOISE, update)
+        views = algorithm.make_views(batch, credit, NOISE, update, PROFILE)
         proximal = token_log_probs(old, views, 200) if update else None
         log_probs = LogProbs(token_log_probs(policy, views, 200), proximal, token_log_probs(reference, views, 200))
         coefficient, _, metrics = algorithm.coefficients(log_probs, views, batch, credit)
@@ -513,9 +514,9 @@ def test_update_equals_oracle_step():
 def test_ratio_is_exactly_one_for_the_behavior_policy():
     """Both when the proximal is the detached policy and when it is evaluated again, without gradient."""
     algorithm = Algorithm.compose(espo())
-    batch = make_batch(graded(), mask_id=MASK, span="canvas")
+    batch = make_batch(graded(), span="canvas")
     credit = algorithm.credit(batch)
-    views = algorithm.make_views(batch, credit, NOISE, 1)
+    views = algorithm.make_views(batch, credit, NOISE, 1, PROFILE)
     policy = torch.cat([micro_batch_log_probs(network(), views, run) for run in micro_batches(views, 100)])
     again = token_log_probs(network(), views, 100)
     assert policy.requires_grad and torch.equal(policy.detach(), again)
@@ -540,8 +541,8 @@ def test_number_of_forwards():
         assert stub.rows == 6 * 4 == sum(rollout.num_forwards for rollout in rollouts)
         assert stub.positions == 6 * positions, "logits only where the active block is masked, or only for what is committed"
     algorithm = Algorithm.compose(espo(views={"name": "coupled", "draws": 5}))
-    batch = make_batch([rollout.graded(RewardResult(1.0)) for rollout in rollouts], mask_id=0, span="canvas")
-    views = algorithm.make_views(batch, algorithm.credit(batch), NOISE, 0)
+    batch = make_batch([rollout.graded(RewardResult(1.0)) for rollout in rollouts], span="canvas")
+    views = algorithm.make_views(batch, algorithm.credit(batch), NOISE, 0, PROFILE)
     masks = [mask for rollout in rollouts for mask in oracle.coupled_masks(8, 5, NOISE, rollout.uid, 0)]
     empty = sum(bool(mask.all() or not mask.any()) for mask in masks)
     assert empty > 0

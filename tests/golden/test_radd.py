@@ -142,9 +142,9 @@ def test_chain_rule_in_a_given_order(model, law, order, permutation):
 
 def test_chain_views_with_the_exact_likelihood(model, law):
     """As an algorithm composes them."""
-    batch = inference._one_sample(model, np.array(PROMPT, np.int32), np.array(ANSWER, np.int32))
+    batch = inference._one_sample(np.array(PROMPT, np.int32), np.array(ANSWER, np.int32))
     credit = Credit(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool))
-    views = chain_views.make(batch, credit, chain_views.Config(order="backward"), Noise(0).stream("views"), 0)
+    views = chain_views.make(batch, credit, chain_views.Config(order="backward"), Noise(0).stream("views"), 0, model.network.profile)
     log_prob = token_log_probs(model.network, views, 10**6)
     estimate = exact.estimate(log_prob.double(), views, credit, exact.Config(granularity="sequence"))
     assert estimate.kind == "exact" and estimate.value.item() == pytest.approx(chain(law, range(LENGTH - 1, -1, -1)), rel=1e-5)

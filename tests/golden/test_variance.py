@@ -15,6 +15,7 @@ from rlhub.checkpoints.sealed import write_manifest
 from rlhub.checkpoints.weights import save_network
 from rlhub.commands.main import main
 from rlhub.models.llada import Config, LLaDA
+from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.oracle import forward
 from rlhub.studies.variance.estimates import Exact, best_edges, cell_values, components, replicate_variance
@@ -38,6 +39,7 @@ from rlhub.views import adaptive, coupled, elbo, time_form
 
 BETA = 0.2
 EDGES = [0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0]
+PROFILE = Profile(mask_id=1, eos_id=2, stop_ids=(2,), pad_id=2, lora_targets="")
 CELLS_OF = list(itertools.pairwise(EDGES))
 
 
@@ -59,13 +61,12 @@ def one_batch(length: int, samples: int) -> Batch:
         span=span,
         rewards=np.ones((samples, 1)),
         member=np.zeros(samples, dtype=np.int64),
-        mask_id=1,
     )
 
 
 def estimates(module, exact: Exact, samples: int, **options) -> np.ndarray:
     """float64 [samples] from the views' own masks and weights, with the table's sums in place of a model's."""
-    views = module.make(one_batch(exact.length, samples), None, module.Config(**options), Noise(11).stream("views"), 0)
+    views = module.make(one_batch(exact.length, samples), None, module.Config(**options), Noise(11).stream("views"), 0, PROFILE)
     code = 2 ** torch.arange(exact.length - 1, -1, -1)
     row_mask = torch.zeros(views.num_rows, dtype=torch.int64).index_add(0, views.score_row, code[views.score_token])
     weight = torch.zeros(views.num_rows, dtype=torch.float64).index_put((views.score_row,), views.score_weight.double())
@@ -170,10 +171,10 @@ def test_components_of_a_known_law():
 @pytest.mark.parametrize("module", [elbo, time_form])
 def test_masks_of_a_level_share_it_and_one_mask_per_level_changes_nothing(module):
     batch, stream = one_batch(40, 3), Noise(5).stream("views")
-    plain = module.make(batch, None, module.Config(draws=6), stream, 1)
-    same = module.make(batch, None, module.Config(draws=6, masks_per_level=1), stream, 1)
+    plain = module.make(batch, None, module.Config(draws=6), stream, 1, PROFILE)
+    same = module.make(batch, None, module.Config(draws=6, masks_per_level=1), stream, 1, PROFILE)
     assert torch.equal(plain.tokens, same.tokens) and torch.equal(plain.score_weight, same.score_weight)
-    shared = module.make(batch, None, module.Config(draws=6, masks_per_level=3), stream, 1)
+    shared = module.make(batch, None, module.Config(draws=6, masks_per_level=3), stream, 1, PROFILE)
     first = torch.searchsorted(shared.score_row, torch.arange(shared.num_rows))
     weight = shared.score_weight[first].view(3, 2, 3)
     assert (weight == weight[..., :1]).all() and (weight[:, 0, 0] != weight[:, 1, 0]).all()
@@ -195,7 +196,7 @@ def test_enumerated_sums_are_those_of_the_oracle(problem):
     exact = exact_laws(policy, setting)[0]
     completion, prompt = batch.completions[0], batch.prompts[0]
     for mask, value in list(zip(exact.masks, exact.sums, strict=True))[::9]:
-        tokens = np.concatenate([prompt, np.where(mask, batch.mask_id, completion)])
+        tokens = np.concatenate([prompt, np.where(mask, policy.mask_id, completion)])
         log_prob = forward(policy, tokens)[len(prompt) :].double().log_softmax(-1)
         assert value == pytest.approx(log_prob[np.flatnonzero(mask), completion[mask]].sum().item(), abs=1e-4)
 
@@ -260,7 +261,7 @@ def test_the_reference_itself_scores_0_under_shared_noise_bit_for_bit(problem):
 
 def test_gradient_of_a_draw_is_autograd_of_its_elbo(problem):
     policy, _, batch = problem
-    views = next(Setting(batch, BETA, repeats=2).views(pools_of("elbo", [])["coupled"], "views"))
+    views = next(Setting(batch, BETA, repeats=2).views(pools_of("elbo", [])["coupled"], "views", policy.profile))
     gradients = draw_gradients(policy, views, max_tokens=50)
     _, layer = block_of(policy)
     log_prob = policy.head(policy.denoise(views.tokens, views.layout), views.target_rows).log_softmax(-1)

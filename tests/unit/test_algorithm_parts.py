@@ -28,7 +28,6 @@ def make_batch(rewards) -> Batch:
         span=np.full(size, 2),
         rewards=rewards,
         member=np.tile(np.arange(members), prompts),
-        mask_id=0,
     )
 
 

@@ -14,11 +14,13 @@ from rlhub.algorithm.compose import Algorithm, LogProbs
 from rlhub.algorithm.scoring import token_log_probs
 from rlhub.config.recipe import load_recipe
 from rlhub.networks.layout import slice_layout
+from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.types import NEVER, Batch
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "algorithms"
 MASK, STEPS, LENGTH = 2, 4, 4
+PROFILE = Profile(mask_id=MASK, eos_id=1, stop_ids=(1,), pad_id=1, lora_targets="")
 
 # Overrides make the parts bite on a canvas of four tokens.
 ALGORITHMS = {
@@ -92,7 +94,6 @@ def make_batch(algorithm: Algorithm) -> Batch:
         span=length if algorithm.config.length == "response" else np.full(size, LENGTH),
         rewards=rewards,
         member=np.tile(np.arange(members), prompts),
-        mask_id=MASK,
         unmask_step=unmask_step,
         logp_model=[np.log(generator.uniform(0.1, 0.9, LENGTH)).astype(np.float32) for _ in range(size)],
         block_length=2,
@@ -137,7 +138,7 @@ def setting(request):
     algorithm = compose(request.param)
     batch = make_batch(algorithm)
     credit = algorithm.credit(batch)
-    views = algorithm.make_views(batch, credit, Noise(run_seed=1), update=0)
+    views = algorithm.make_views(batch, credit, Noise(run_seed=1), update=0, profile=PROFILE)
     with torch.no_grad():
         model = Tiny(seed=0)
         others = [Tiny(seed=0), Tiny(seed=0)]
@@ -215,10 +216,9 @@ def test_views_do_not_depend_on_the_batch_they_are_cut_from(setting):
         span=batch.span[5:6],
         rewards=np.ones((1, 1)),
         member=np.zeros(1, dtype=np.int64),
-        mask_id=MASK,
         block_length=2,
     )
-    own = algorithm.make_views(alone, credit, Noise(run_seed=1), update=0)
+    own = algorithm.make_views(alone, credit, Noise(run_seed=1), update=0, profile=PROFILE)
     offsets = views.layout.row_offsets.long()
     first = int((views.sample < 5).sum())
     assert own.tokens.tolist() == views.tokens[offsets[first] : offsets[first + own.num_rows]].tolist()
@@ -233,7 +233,7 @@ def test_log_probs_of_the_rollout_serve_as_behavior():
     algorithm = Algorithm.compose(load_recipe(RECIPES / "justgrpo.yaml", EXACT_ROLLOUTS).algorithm)
     batch = make_batch(algorithm)
     credit = algorithm.credit(batch)
-    views = algorithm.make_views(batch, credit, Noise(run_seed=1), update=0)
+    views = algorithm.make_views(batch, credit, Noise(run_seed=1), update=0, profile=PROFILE)
     log_prob = log_probs(Tiny(seed=0), views).detach()
     for row in batch.logp_model:
         row[:] = np.nan

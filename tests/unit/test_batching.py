@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from rlhub.advantages import group_mean, leave_one_out
 from rlhub.algorithm.batching import make_batch, micro_batches, shard_rows
 from rlhub.networks.layout import pack_layout, slice_layout
+from rlhub.networks.profile import Profile
 from rlhub.types import Batch, RewardResult, Rollout, Views
 from rlhub.views._rows import Row, build_views
 
 MASK = 9
+PROFILE = Profile(mask_id=MASK, eos_id=8, stop_ids=(8,), pad_id=8, lora_targets="")
 
 
 def rollout(uid: int, group: int, value=1.0, status="ok", completion=(5, 6, 7, 8), length=4, prompt=2) -> Rollout:
@@ -35,7 +37,7 @@ def rollout(uid: int, group: int, value=1.0, status="ok", completion=(5, 6, 7, 8
 
 
 def batch_of(*rollouts: Rollout, span: str = "canvas", **options) -> Batch:
-    return make_batch(rollouts, mask_id=MASK, span=span, **options)
+    return make_batch(rollouts, span=span, **options)
 
 
 # --------------------------------------------------------------------------------------------------------------------- batch
@@ -118,7 +120,7 @@ def views_of(lengths: list[int], rows_per_sample: list[int], prompt: int = 2) ->
         for sample, count in enumerate(rows_per_sample)
         for draw in range(count)
     ]
-    return build_views(batch, rows, max(rows_per_sample))
+    return build_views(batch, rows, max(rows_per_sample), PROFILE)
 
 
 def test_views_hide_what_they_score():
@@ -128,7 +130,7 @@ def test_views_hide_what_they_score():
         Row(0, 0, masked[0], weight=1.5),
         Row(1, 0, masked[1], weight=np.array([0.25, 0.5]), scored=np.array([True, True]), prompt_masked=np.array([True, False])),
     ]
-    views = build_views(batch, rows, 1)
+    views = build_views(batch, rows, 1, PROFILE)
     assert views.tokens.tolist() == [0, MASK, 6, MASK, MASK, 1, 8, MASK]
     assert views.layout.row_offsets.tolist() == [0, 4, 8]
     assert views.layout.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
@@ -174,7 +176,7 @@ def test_micro_batches_cover_every_row_and_score_once(data):
 def test_rows_without_scores_are_kept():
     batch = batch_of(rollout(0, 0), rollout(1, 0))
     nothing = np.zeros(4, dtype=bool)
-    views = build_views(batch, [Row(0, 0, ~nothing), Row(1, 0, ~nothing, scored=nothing)], 1)
+    views = build_views(batch, [Row(0, 0, ~nothing), Row(1, 0, ~nothing, scored=nothing)], 1, PROFILE)
     assert [(run.first_score, run.last_score) for run in micro_batches(views, 6)] == [(0, 4), (4, 4)]
 
 

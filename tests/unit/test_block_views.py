@@ -21,7 +21,7 @@ from rlhub.noise import Noise
 from rlhub.planning.plan import make_plan
 from rlhub.types import NEVER, Batch, Credit
 from rlhub.views import all_masks, coupled, elbo, model_blocks, prefix, supervised, trajectory
-from rlhub.views._rows import Row, build_views, fit_blocks
+from rlhub.views._rows import Row, build_views
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BLOCK = 4
@@ -40,9 +40,9 @@ def network():
     return built
 
 
-def batch_of(network, prompt=PROMPT, answer=ANSWER, uid=0, **fields) -> Batch:
+def batch_of(prompt=PROMPT, answer=ANSWER, uid=0, **fields) -> Batch:
     zero = np.zeros(1, dtype=np.int64)
-    batch = Batch(
+    return Batch(
         uid=np.array([uid], dtype=np.uint64),
         group=zero,
         prompts=[np.array(prompt, dtype=np.int32)],
@@ -51,10 +51,8 @@ def batch_of(network, prompt=PROMPT, answer=ANSWER, uid=0, **fields) -> Batch:
         span=np.array([len(answer)]),
         rewards=np.ones((1, 1)),
         member=zero,
-        mask_id=network.mask_id,
         **fields,
     )
-    return fit_blocks(batch, network)
 
 
 @torch.no_grad()
@@ -81,7 +79,7 @@ def block_loop(network, masked: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def table(network) -> dict[tuple[int, int], np.ndarray]:
     """Log-probs of the tokens of each block by (block, mask code), from one pass per block and mask."""
-    blocks = model_blocks(batch_of(network), 0)
+    blocks = model_blocks(batch_of(), 0, network.profile)
     entries = {}
     for number, block in enumerate(blocks):
         for code in range(1, 2 ** (block.stop - block.start)):
@@ -101,11 +99,11 @@ def exact(table, number: int, size: int) -> float:
 
 
 def test_blocks_count_from_the_prompts_first_token(network):
-    blocks = model_blocks(batch_of(network), 0)
+    blocks = model_blocks(batch_of(), 0, network.profile)
     assert [(block.start, block.stop) for block in blocks] == [(0, 2), (2, 6), (6, 7)]
-    assert [(block.start, block.stop) for block in model_blocks(batch_of(network, prompt=[1] * 8), 0)] == [(0, 4), (4, 7)]
+    assert [(block.start, block.stop) for block in model_blocks(batch_of(prompt=[1] * 8), 0, network.profile)] == [(0, 4), (4, 7)]
     full = LLaDA(Config(d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=16))
-    assert model_blocks(batch_of(full), 0) == [slice(0, 7)]
+    assert model_blocks(batch_of(), 0, full.profile) == [slice(0, 7)]
 
 
 def test_one_pass_over_clean_and_noisy_equals_a_pass_per_block(network):
@@ -113,17 +111,17 @@ def test_one_pass_over_clean_and_noisy_equals_a_pass_per_block(network):
     masks = [generator.random(len(ANSWER)) < share for share in (0.2, 0.5, 0.8, 1.1)]
     masks = [mask for mask in masks if mask.any()]
     rows = [Row(0, draw, mask, clean_before=True) for draw, mask in enumerate(masks)]
-    views = build_views(batch_of(network), rows, len(rows))
+    views = build_views(batch_of(), rows, len(rows), network.profile)
     assert views.layout.attention == "block_diffusion"
     got = token_log_probs(network, views, 10_000)
     expected = np.concatenate([block_loop(network, mask)[mask] for mask in masks])
     np.testing.assert_allclose(got.numpy(), expected, atol=1e-5)
-    plain = build_views(batch_of(network), [replace(row, clean_before=False) for row in rows], len(rows))
+    plain = build_views(batch_of(), [replace(row, clean_before=False) for row in rows], len(rows), network.profile)
     assert np.abs(token_log_probs(network, plain, 10_000).numpy() - expected).max() > 1e-2, "noise of earlier blocks must matter"
 
 
 def test_all_masks_are_the_blocks_elbos(network, table):
-    views = all_masks.make(batch_of(network), CREDIT, all_masks.Config(), Noise(0).stream("views"), 0)
+    views = all_masks.make(batch_of(), CREDIT, all_masks.Config(), Noise(0).stream("views"), 0, network.profile)
     value = sequence_draws(token_log_probs(network, views, 10_000).double(), views)
     assert value.item() == pytest.approx(sum(exact(table, number, size) for number, size in enumerate((2, 4, 1))), abs=1e-4)
     assert views.num_rows == 2**4 - 1
@@ -147,7 +145,7 @@ def test_each_blocks_elbo_is_a_lower_bound(network, table):
 def test_estimates_are_unbiased(network, table, module, levels):
     """4000 samples of two draws, whose log-probs are looked up."""
     options = {} if levels is None else {"levels": levels}
-    one = batch_of(network)
+    one = batch_of()
     size = 4000
     batch = replace(
         one,
@@ -160,8 +158,8 @@ def test_estimates_are_unbiased(network, table, module, levels):
         rewards=np.ones((size, 1)),
         member=np.zeros(size, dtype=np.int64),
     )
-    views = module.make(batch, CREDIT, module.Config(draws=2, **options), Noise(1).stream("views"), 0)
-    blocks = model_blocks(one, 0)
+    views = module.make(batch, CREDIT, module.Config(draws=2, **options), Noise(1).stream("views"), 0, network.profile)
+    blocks = model_blocks(one, 0, network.profile)
     code = np.zeros((views.num_rows, len(blocks)), dtype=np.int64)
     row, token = views.score_row.numpy(), views.score_token.numpy()
     block_of = np.repeat(np.arange(len(blocks)), [block.stop - block.start for block in blocks])
@@ -175,7 +173,7 @@ def test_estimates_are_unbiased(network, table, module, levels):
 
 
 def test_the_noise_of_a_block_is_its_own(network):
-    views = elbo.make(batch_of(network), CREDIT, elbo.Config(draws=64), Noise(0).stream("views"), 0)
+    views = elbo.make(batch_of(), CREDIT, elbo.Config(draws=64), Noise(0).stream("views"), 0, network.profile)
     hidden = np.zeros((64, len(ANSWER)), dtype=bool)
     hidden[views.score_row, views.score_token] = True
     middle = hidden[:, 2:6].sum(1)
@@ -185,7 +183,7 @@ def test_the_noise_of_a_block_is_its_own(network):
 
 def test_full_attention_is_as_it_was():
     network = LLaDA(Config(d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=16))
-    views = elbo.make(batch_of(network), CREDIT, elbo.Config(draws=4), Noise(0).stream("views"), 0)
+    views = elbo.make(batch_of(), CREDIT, elbo.Config(draws=4), Noise(0).stream("views"), 0, network.profile)
     assert views.layout.attention == "full" and views.layout.lengths.tolist() == [13] * 4
     for draw in range(4):
         stream = Noise(0).stream("views")
@@ -199,7 +197,7 @@ def test_full_attention_is_as_it_was():
 def test_trajectory_rows_are_the_samplers_states(network, steps):
     """Each step's log-probs equal those of a pass over the whole canvas as the sampler saw it."""
     steps = np.array(steps, dtype=np.int16)
-    views = trajectory.make(batch_of(network, unmask_step=[steps]), CREDIT, trajectory.Config(), Noise(0).stream("views"), 0)
+    views = trajectory.make(batch_of(unmask_step=[steps]), CREDIT, trajectory.Config(), Noise(0).stream("views"), 0, network.profile)
     got = token_log_probs(network, views, 10_000).numpy()
     expected = []
     for row in range(views.num_rows):
@@ -212,7 +210,7 @@ def test_trajectory_rows_are_the_samplers_states(network, steps):
 
 
 def test_prefix_rows_are_the_chain_rule(network):
-    views = prefix.make(batch_of(network), CREDIT, prefix.Config(), Noise(0).stream("views"), 0)
+    views = prefix.make(batch_of(), CREDIT, prefix.Config(), Noise(0).stream("views"), 0, network.profile)
     got = token_log_probs(network, views, 10_000).numpy()
     for place in range(len(ANSWER)):
         row = PROMPT + ANSWER[:place] + [network.mask_id] * (len(ANSWER) - place)

@@ -17,12 +17,13 @@ import rlhub.models
 from rlhub.algorithm.batching import make_batch
 from rlhub.checkpoints.adapters import write_fresh_adapter
 from rlhub.checkpoints.weights import load_network, save_network
-from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig
+from rlhub.config.schema import AlgorithmConfig, KLConfig, LearnerConfig, OptimizerConfig
 from rlhub.networks.cache import CacheView
 from rlhub.networks.layout import pack_layout
 from rlhub.networks.profile import Profile
 from rlhub.types import Layout, RewardResult
 from workers.learner import Learner
+from workers.scorer import Scorer
 
 MODULES = [importlib.import_module(f"rlhub.models.{info.name}") for info in pkgutil.iter_modules(rlhub.models.__path__)]
 FAMILIES = [module for module in MODULES if hasattr(module, "ARCHITECTURES")]
@@ -330,7 +331,7 @@ def test_likelihood_sampler_and_learner_run_unchanged(network, folder, adapters)
     learner.begin(AlgorithmConfig(), OptimizerConfig(learning_rate=1e-3, warmup_steps=0), 1)
     trained = {name: weight.clone() for name, weight in learner.network.named_parameters() if weight.requires_grad}
     fixed = {name: tensor.clone() for name, tensor in learner.network.state_dict().items() if name not in trained}
-    metrics = learner.step(make_batch(graded, mask_id=network.mask_id, span="canvas"))
+    metrics = learner.step(make_batch(graded, span="canvas"))
     assert 0 < metrics["grad_norm"] < float("inf")
     after = learner.network.state_dict()
     moved = [name for name in trained if not torch.equal(after[name], trained[name])]
@@ -338,3 +339,30 @@ def test_likelihood_sampler_and_learner_run_unchanged(network, folder, adapters)
     assert len(moved) > (0.45 if adapters else 0.8) * len(trained)
     assert all(torch.equal(after[name], tensor) for name, tensor in fixed.items())
     assert all("lora" in name for name in trained) == adapters
+
+
+@pytest.mark.parametrize("shared_noise", [True, False], ids=["shared noise", "own noise"])
+def test_the_base_without_its_adapter_is_the_reference_that_a_scorer_holds(network, folder, shared_noise):
+    """One step with either: the same KL to 0.0 nats and the same weights, so the same views of the same batch."""
+    adapter, random = folder.parent / "adapter", torch.Generator().manual_seed(0)
+    write_fresh_adapter(folder, adapter, 2, 8.0, "auto", random)
+    settings = {"length": 2 * blocks_of(network), "steps": 2 * blocks_of(network), "block_length": blocks_of(network)}
+    rollouts = rlhub.generate(rlhub.load_model(folder), [words(network, 5)] * 4, temperature=1.0, **settings)
+    graded = [replace(one, uid=uid, group_uid=0).graded(RewardResult(float(uid % 2))) for uid, one in enumerate(rollouts)]
+    batch = make_batch(graded, span="canvas")
+
+    def trained(reference: str) -> tuple[dict[str, float], list[torch.Tensor]]:
+        algorithm = AlgorithmConfig(reference=reference, shared_noise=shared_noise, kl=KLConfig(kind="k2", coefficient=0.1))
+        learner = Learner(str(adapter), LearnerConfig(backend="torch", micro_batch_tokens=64), 0)
+        learner.begin(algorithm, OptimizerConfig(learning_rate=1e-3, warmup_steps=0), 1)
+        weights = [weight for weight in learner.network.parameters() if weight.requires_grad]
+        with torch.no_grad():  # an adapter that does something
+            for number, weight in enumerate(weights):
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)), alpha=0.3)
+        views, scorer = learner.make_views(batch), Scorer(str(folder), 64)
+        scores = [] if reference == "adapter_off" else [scorer.score(views) if shared_noise else scorer.estimate(algorithm, 0, batch)]
+        return learner.step(batch, views, *scores), weights
+
+    (mine, weights), (theirs, others) = trained("adapter_off"), trained("frozen")
+    assert mine["kl"] > 0.01 and mine == theirs
+    assert all(map(torch.equal, weights, others))

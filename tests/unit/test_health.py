@@ -30,7 +30,6 @@ def batch_of(rewards: list[list[float]]) -> Batch:
         span=np.full(size, 4),
         rewards=matrix,
         member=members.ravel(),
-        mask_id=9,
     )
 
 

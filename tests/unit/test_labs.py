@@ -342,15 +342,15 @@ def test_weights_are_the_slopes_of_the_logarithm(curve: str):
 @pytest.mark.parametrize("curve", ["cosine", "exponential"])
 def test_every_curve_weighted_by_its_slope_estimates_the_elbo(curve: str):
     """The expected number of masked tokens times their weight is L for every curve, as in the ELBO of a uniform model."""
-    batch = batch_of([np.array([1])], [np.arange(8)], mask_id=9)
-    views = mask_ratio.make(batch, None, mask_ratio.Config(4000, curve, "elbo"), Noise(0).stream("views"), 0)
+    batch = batch_of([np.array([1])], [np.arange(8)])
+    views = mask_ratio.make(batch, None, mask_ratio.Config(4000, curve, "elbo"), Noise(0).stream("views"), 0, tiny_llada(9, 0).profile)
     totals = torch.zeros(4000).index_add(0, views.score_draw, views.score_weight)
     assert totals.mean().item() == pytest.approx(8, abs=4 * totals.std().item() / 4000**0.5)
 
 
 def test_the_class_is_hidden_as_often_as_asked():
-    batch = batch_of([np.array([1])], [np.arange(8)], mask_id=9)
-    views = mask_ratio.make(batch, None, mask_ratio.Config(1000, drop_prompt=0.25), Noise(0).stream("views"), 0)
+    batch = batch_of([np.array([1])], [np.arange(8)])
+    views = mask_ratio.make(batch, None, mask_ratio.Config(1000, drop_prompt=0.25), Noise(0).stream("views"), 0, tiny_llada(9, 0).profile)
     first = views.tokens[views.layout.row_offsets[:-1].long()]
     assert (first == 9).float().mean().item() == pytest.approx(0.25, abs=0.06)
     assert (views.score_position > 0).all()

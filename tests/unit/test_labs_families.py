@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhub.models import llada
 from rlhub.networks.layout import pack_layout
 from rlhub.studies.lab import run_lab
 from rlhub.studies.labs import block_masks, editing_repairs, moe_against_dense, packing_masks, passkey_ntk, shift_adapter
@@ -239,10 +240,10 @@ def test_post_training_differs_in_packing_only_and_the_control_in_answers_only()
 
 def test_post_training_hides_and_scores_the_key_after_each_question_and_nothing_else():
     rows = packing_masks.packed(packing_masks.Config(documents=40), "eod", 0)
-    batch = rows.batch(1, 3)
-    views = packing_masks.answer_views(batch)
+    batch, profile = rows.batch(1, 3), llada.build(passkey_ntk.network_config(1, 1)).profile
+    views = packing_masks.answer_views(batch, profile)
     clean = np.concatenate(batch.completions)
     places = np.flatnonzero(views.tokens.numpy() != clean)
-    assert len(places) > 3 and (clean[places - 1] == passkey_ntk.ASK).all() and (views.tokens[places] == batch.mask_id).all()
+    assert len(places) > 3 and (clean[places - 1] == passkey_ntk.ASK).all() and (views.tokens[places] == profile.mask_id).all()
     assert views.score_target.tolist() == clean[places].tolist()
     assert len(places) == sum((tokens[:-1] == passkey_ntk.ASK).sum() for tokens in batch.completions)

@@ -13,11 +13,13 @@ from torch import Tensor
 from rlhub.algorithm.compose import Algorithm, LogProbs
 from rlhub.algorithm.off_policy import correction_metrics, correction_weights, weighted_credit
 from rlhub.config.schema import AlgorithmConfig
+from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.parts import part_names
 from rlhub.types import Batch, Credit, LogLikelihood, Scores
 
 VOCABULARY, MASK = 5, 5
+PROFILE = Profile(mask_id=MASK, eos_id=0, stop_ids=(0,), pad_id=0, lora_targets="")
 REWARD = torch.tensor([1.0, -2.0, 0.5, 3.0, -0.25], dtype=torch.float64)
 
 
@@ -36,7 +38,6 @@ def one_token(behavior: Tensor) -> Batch:
         span=np.ones(VOCABULARY, dtype=np.int64),
         rewards=REWARD.numpy()[None],
         member=np.arange(VOCABULARY),
-        mask_id=MASK,
         unmask_step=[np.zeros(1, np.int16)] * VOCABULARY,
         logp_model=[np.array([value]) for value in behavior.tolist()],
     )
@@ -56,7 +57,7 @@ def expected_gradient(composed: Algorithm, policy: Tensor, behavior: Tensor, pro
     log_policy, log_behavior = policy.log_softmax(0), behavior.log_softmax(0)
     batch = one_token(log_behavior)
     credit = Credit(REWARD * log_behavior.exp() * VOCABULARY, torch.ones(VOCABULARY, dtype=torch.bool))
-    views = composed.make_views(batch, credit, Noise(0), 0)
+    views = composed.make_views(batch, credit, Noise(0), 0, PROFILE)
     log_probs = LogProbs(log_policy[views.score_target], None if proximal is None else proximal.log_softmax(0)[views.score_target])
     coefficient, _, _ = composed.coefficients(log_probs, views, batch, credit)
     (gradient,) = torch.autograd.grad((log_policy[views.score_target] * coefficient).sum(), policy)

@@ -13,7 +13,7 @@ import torch
 from rlhub.algorithm.scoring import token_log_probs
 from rlhub.config.recipe import load_recipe
 from rlhub.errors import DataError
-from rlhub.models import dream
+from rlhub.models import dream, sdar
 from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import SFT, Noise
 from rlhub.planning.plan import format_plan, make_plan
@@ -41,7 +41,7 @@ def documents(count: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def packed_of(docs, packing: str, length: int) -> PackedDocuments:
-    return PackedDocuments(docs, packing, length, EOS, MASK, Noise(0))
+    return PackedDocuments(docs, packing, length, EOS, Noise(0))
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
@@ -78,9 +78,9 @@ def packed_log_probs(network, docs, packing: str, masks) -> np.ndarray:
     end = [EOS] if packing == "eod" else []
     pieces = [np.append(doc, end).astype(np.int32) for doc in docs]
     segments = [np.repeat(np.arange(len(docs), dtype=np.int32), [len(piece) for piece in pieces])] if packing == "adaptive" else None
-    batch = document_batch([np.concatenate(pieces)], MASK, SFT, 1, segments)
+    batch = document_batch([np.concatenate(pieces)], SFT, 1, segments)
     masked = np.concatenate([np.append(mask, np.zeros(len(end), dtype=bool)) for mask in masks])
-    return token_log_probs(network, build_views(batch, [Row(0, 0, masked)], 1), 10_000).numpy()
+    return token_log_probs(network, build_views(batch, [Row(0, 0, masked)], 1, network.profile), 10_000).numpy()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -88,7 +88,7 @@ def test_adaptive_packing_equals_the_documents_one_by_one(network, seed):
     docs = documents(6, seed)
     generator = np.random.default_rng(seed)
     masks = [np.append(True, generator.random(len(doc) - 1) < 0.5) for doc in docs]
-    alone = build_views(document_batch(docs, MASK, SFT, 1), [Row(number, 0, mask) for number, mask in enumerate(masks)], 1)
+    alone = build_views(document_batch(docs, SFT, 1), [Row(number, 0, mask) for number, mask in enumerate(masks)], 1, network.profile)
     expected = token_log_probs(network, alone, 10_000).numpy()
     np.testing.assert_allclose(packed_log_probs(network, docs, "adaptive", masks), expected, atol=1e-6)
     for packing in ("eod", "direct"):
@@ -96,11 +96,10 @@ def test_adaptive_packing_equals_the_documents_one_by_one(network, seed):
 
 
 def test_block_causal_models_are_refused():
-    from dataclasses import replace
-
-    batch = replace(packed_of(documents(5), "adaptive", 8).batch(1, 2), model_block=4)
+    batch = packed_of(documents(5), "adaptive", 8).batch(1, 2)
+    profile = sdar.build(sdar.Config.from_published(sdar.TINY)).profile
     with pytest.raises(ValueError, match="packed documents need a model with full attention"):
-        build_views(batch, [Row(0, 0, np.ones(8, dtype=bool))], 1)
+        build_views(batch, [Row(0, 0, np.ones(8, dtype=bool))], 1, profile)
 
 
 # -------------------------------------------------------------------------------------------------------------- data

@@ -24,6 +24,7 @@ from rlhub.checkpoints.weights import load_network
 from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, RecipeError
+from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.training.pair_sampling import best_and_worst, sample_pairs
@@ -300,7 +301,8 @@ def test_a_pair_is_a_group_of_two_and_its_noise_belongs_to_its_row():
     whole, part = pairs.batch([0, 1, 2, 3], epoch=1), pairs.batch([3, 1], epoch=1)
     assert algorithm.credit(whole).pairs.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert set(part.uid) < set(whole.uid) and part.length.tolist() == [9, 2, 14, 1]
-    views = [algorithm.make_views(batch, algorithm.credit(batch), Noise(0), 0) for batch in (whole, part)]
+    profile = Profile(mask_id=10, eos_id=11, stop_ids=(11,), pad_id=11, lora_targets="")
+    views = [algorithm.make_views(batch, algorithm.credit(batch), Noise(0), 0, profile) for batch in (whole, part)]
     rows_of = [
         {
             (int(batch.uid[view.sample[row]]), int(view.draw[row])): view.tokens[
@@ -324,7 +326,7 @@ def test_packed_equals_unpacked_and_rows_do_not_see_each_other(network):
     """Log-probs and gradients of pairs of length 1 to 14, all in one pack and each row by itself, agree to 1e-5."""
     batch, algorithm = uneven().batch(range(5)), vrpo()
     credit = algorithm.credit(batch)
-    views = algorithm.make_views(batch, credit, Noise(0), 0)
+    views = algorithm.make_views(batch, credit, Noise(0), 0, network.profile)
     weight = torch.linspace(-1, 1, len(views.score_row))
     results = []
     for max_tokens in (10**6, 1):
@@ -352,7 +354,7 @@ def test_the_two_pass_gradient_of_the_whole_loss_is_that_of_autograd(network):
     """The VRPO loss with its regulariser, written out from the paper, differentiated at once, against one row at a time."""
     batch, algorithm = uneven().batch(range(5)), vrpo()
     credit = algorithm.credit(batch)
-    views = algorithm.make_views(batch, credit, Noise(0), 0)
+    views = algorithm.make_views(batch, credit, Noise(0), 0, network.profile)
     reference = 0.9 * token_log_probs(network, views, 10**6)
 
     network.zero_grad()
@@ -386,7 +388,7 @@ def test_an_auxiliary_term_counts_the_samples_that_it_names(network, on, members
     batch = uneven().batch(range(5))
     algorithm = vrpo(f"algorithm.auxiliary=[{{name: sft, weight: 1.0, on: {on}}}]")
     credit = algorithm.credit(batch)
-    views = algorithm.make_views(batch, credit, Noise(0), 0)
+    views = algorithm.make_views(batch, credit, Noise(0), 0, network.profile)
     log_prob = token_log_probs(network, views, 10**6)
     _, scores, metrics = algorithm.coefficients(LogProbs(log_prob, reference=log_prob), views, batch, credit)
     per_token = -(scores.policy.value / scores.policy.length).view(5, 2)[:, members]
@@ -397,7 +399,7 @@ def test_an_auxiliary_term_counts_the_samples_that_it_names(network, on, members
 def test_a_ready_estimate_of_the_reference_is_as_good_as_its_log_probs(network):
     batch, algorithm = uneven().batch(range(5)), vrpo()
     credit = algorithm.credit(batch)
-    views = algorithm.make_views(batch, credit, Noise(0), 0)
+    views = algorithm.make_views(batch, credit, Noise(0), 0, network.profile)
     policy = token_log_probs(network, views, 10**6)
     reference = 1.1 * policy
     ready = algorithm.estimate(reference, views, credit)

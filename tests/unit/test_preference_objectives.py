@@ -11,12 +11,14 @@ import torch
 from rlhub.algorithm.compose import Algorithm, LogProbs
 from rlhub.config.schema import AlgorithmConfig
 from rlhub.errors import RecipeError
+from rlhub.networks.profile import Profile
 from rlhub.types import Batch, Credit
 from rlhub.views._rows import Row, build_views
 
 SPANS = [3, 5, 4, 2, 6, 3]
 PAIRS = [(0, 1), (2, 3), (4, 5)]
 DRAWS = 2
+PROFILE = Profile(mask_id=9, eos_id=8, stop_ids=(8,), pad_id=8, lora_targets="")
 
 
 def make_batch() -> Batch:
@@ -31,7 +33,6 @@ def make_batch() -> Batch:
         span=length,
         rewards=np.array([[1.0, 0.0]] * 3),
         member=np.tile([0, 1], 3),
-        mask_id=9,
     )
 
 
@@ -46,7 +47,7 @@ def problem():
             masked = random.random(span) < 0.7
             masked[0] = True
             rows.append(Row(sample, draw, masked, weight=random.uniform(0.5, 2)))
-    views = build_views(batch, rows, DRAWS)
+    views = build_views(batch, rows, DRAWS, PROFILE)
     policy, reference = -torch.from_numpy(random.uniform(0.1, 2, (2, len(views.score_row))))
     return batch, views, policy, reference
 

@@ -15,6 +15,7 @@ from rlhub.checkpoints.weights import save_network
 from rlhub.config.schema import AlgorithmConfig, SFTConfig
 from rlhub.errors import DataError, RecipeError
 from rlhub.models import dream, llada
+from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.records.metrics import read_metrics
 from rlhub.training.run import train
@@ -23,6 +24,7 @@ from rlhub.types import Batch
 from rlhub.views import elbo, supervised
 
 MASK, EOS = 30, 31
+PROFILE = Profile(mask_id=MASK, eos_id=EOS, stop_ids=(EOS,), pad_id=EOS, lora_targets="")
 P = 0.3  # Dream's
 
 
@@ -41,7 +43,6 @@ def batch_of(answers, prompts=None, canvas: int = 0) -> Batch:
         span=np.array([len(completion) for completion in completions]),
         rewards=np.ones((size, 1)),
         member=np.zeros(size, dtype=np.int64),
-        mask_id=MASK,
     )
 
 
@@ -49,7 +50,7 @@ def loss_of(config: SFTConfig, batch: Batch, family: str = "inverse_t"):
     """(loss, views, log-probs) of the algorithm that the recipe's keys make, with random log-probs."""
     algorithm = Algorithm.compose(supervised_algorithm(config, family))
     credit = algorithm.credit(batch)
-    views = algorithm.make_views(batch, credit, Noise(0), 0)
+    views = algorithm.make_views(batch, credit, Noise(0), 0, PROFILE)
     log_prob = -torch.rand(len(views.score_row), generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
     loss, _ = algorithm.loss(algorithm.scores(LogProbs(log_prob), views, batch, credit), credit)
     return loss.item(), views, log_prob.numpy()
@@ -79,9 +80,9 @@ def test_masked_prompts_are_part_of_what_is_scored():
     assert batch.span.tolist() == [7, 5] and [len(prompt) for prompt in batch.prompts] == [0, 0]
     hidden = np.zeros(7, dtype=bool)
     for update in range(40):
-        views = supervised.make(batch, None, supervised.Config(), Noise(0).stream("views"), update)
+        views = supervised.make(batch, None, supervised.Config(), Noise(0).stream("views"), update, PROFILE)
         hidden[views.score_token[views.score_sample == 0]] = True
-        kept = supervised.make(batch_of([[5]]), None, supervised.Config(), Noise(0).stream("views"), update)
+        kept = supervised.make(batch_of([[5]]), None, supervised.Config(), Noise(0).stream("views"), update, PROFILE)
         assert (kept.tokens[:2] == torch.tensor([1, 2])).all(), "without the key prompts are never hidden"
     assert hidden.all()
 
@@ -104,8 +105,8 @@ def test_random_lengths_are_a_share_of_batches_and_uniform():
 def test_the_default_is_bit_equal_to_the_elbo_per_token():
     batch = batch_of([[5, 6, 7, 8], [9], [10, 11]], canvas=6)
     for draws in (1, 3):
-        ours = supervised.make(batch, None, supervised.Config(draws=draws), Noise(7).stream("views"), 2)
-        theirs = elbo.make(batch, None, elbo.Config(draws=draws), Noise(7).stream("views"), 2)
+        ours = supervised.make(batch, None, supervised.Config(draws=draws), Noise(7).stream("views"), 2, PROFILE)
+        theirs = elbo.make(batch, None, elbo.Config(draws=draws), Noise(7).stream("views"), 2, PROFILE)
         for name in ("tokens", "score_row", "score_position", "score_target", "score_weight", "sample", "draw"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     before = AlgorithmConfig(
@@ -119,7 +120,7 @@ def test_the_default_is_bit_equal_to_the_elbo_per_token():
     for config in (before, supervised_algorithm(SFTConfig(), "inverse_t")):
         algorithm = Algorithm.compose(config)
         credit = algorithm.credit(batch)
-        views = algorithm.make_views(batch, credit, Noise(0), 0)
+        views = algorithm.make_views(batch, credit, Noise(0), 0, PROFILE)
         log_prob = -torch.arange(1.0, len(views.score_row) + 1) / 7
         values.append(algorithm.coefficients(LogProbs(log_prob), views, batch, credit))
     assert torch.equal(values[0][0], values[1][0]) and values[0][2] == values[1][2]
@@ -186,7 +187,7 @@ def test_the_mean_over_masks_by_enumeration(masks, weight):
         rewards=np.ones((size, 1)),
         member=np.zeros(size, dtype=np.int64),
     )
-    views = supervised.make(repeated, None, supervised.Config(masks=masks, loss_weight=weight), Noise(3).stream("views"), 0)
+    views = supervised.make(repeated, None, supervised.Config(masks=masks, loss_weight=weight), Noise(3).stream("views"), 0, PROFILE)
     row, token = views.score_row.numpy(), views.score_token.numpy()
     code = np.zeros(size, dtype=np.int64)
     np.add.at(code, row, 1 << token)

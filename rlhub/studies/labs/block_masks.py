@@ -33,7 +33,7 @@ from rlhub.studies.lab_training import Tick, batch_of, sample
 from rlhub.studies.labs import Arm, Check, Verdict, run_arms
 from rlhub.types import Layout, Rollout, Views
 from rlhub.views import elbo
-from rlhub.views._rows import Row, build_views, fit_blocks
+from rlhub.views._rows import Row, build_views
 
 KIND = "identity"
 FAMILIES = {"llada2": (llada2, "block_length"), "sdar": (sdar, "block_size")}
@@ -85,8 +85,8 @@ def noisy_views(config: Config, network: nn.Module, seed: int) -> Views:
     random = Noise(seed).generator("block_masks/rows")
     prompts = [random.integers(0, 13, 1 + row) for row in range(config.rows)]
     answers = list(random.integers(0, 13, (config.rows, config.length)))
-    batch = fit_blocks(batch_of(prompts, answers, network.mask_id), network)
-    return elbo.make(batch, None, elbo.Config(draws=config.draws), Noise(seed).stream("views"), 0)
+    batch = batch_of(prompts, answers)
+    return elbo.make(batch, None, elbo.Config(draws=config.draws), Noise(seed).stream("views"), 0, network.profile)
 
 
 def read(network: nn.Module, views: Views, layout: Layout) -> Tensor:
@@ -162,11 +162,11 @@ def replay_error(config: Config, network: nn.Module, seed: int) -> float:
 
 def one_replay_error(network: nn.Module, rollout: Rollout) -> float:
     """One row scores the n-th step of every block."""
-    batch = fit_blocks(batch_of([rollout.prompt_ids], [rollout.completion_ids], network.mask_id), network)
+    batch = batch_of([rollout.prompt_ids], [rollout.completion_ids])
     step = rollout.unmask_step % BLOCK
     rows = [Row(0, 0, step >= number, scored=step == number, clean_before=True) for number in np.unique(step)]
     recorded = np.concatenate([rollout.logp_model[row.scored] for row in rows])
-    views = build_views(batch, rows, 1)
+    views = build_views(batch, rows, 1, network.profile)
     logits = read(network, views, views.layout)
     replayed = logits.log_softmax(-1).gather(1, views.score_target[:, None]).squeeze(1)
     return float(np.abs(replayed.numpy() - recorded).max())

@@ -94,7 +94,7 @@ def measure(config: Config, tick: Tick, curve: str, weight: str, seed: int) -> d
 
     def make_batch(step: int) -> Batch:
         chosen = Noise(seed).generator("digits/rows", uid=step).integers(0, len(labels), config.batch_size)
-        return batch_of(LEVELS + labels[chosen, None], pixels[chosen], network.mask_id, step)
+        return batch_of(LEVELS + labels[chosen, None], pixels[chosen], step)
 
     optimizer = replace(SFT, learning_rate=config.learning_rate)
     options = mask_ratio.Config(curve=curve, weight=weight, drop_prompt=config.drop_class)

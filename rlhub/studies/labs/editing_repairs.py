@@ -33,7 +33,7 @@ from rlhub.reports.plots import COLORS, STYLE
 from rlhub.studies.lab_training import SFT, Tick, batch_of, counted, sample, train
 from rlhub.studies.labs import Arm, Check, Verdict, above, run_arms
 from rlhub.types import Request, Rollout, Views
-from rlhub.views._rows import Row, build_views, fit_blocks
+from rlhub.views._rows import Row, build_views
 
 KIND = "statistical"
 DIGITS = 8  # of prompt and answer, one block each
@@ -120,11 +120,11 @@ def noisy_views(config: Config, network: nn.Module, corruption: float, seed: int
     l = 0 is needed: a repair begins with nothing masked, and a network that never saw that gets lost.
     """
     random = Noise(seed).generator("editing_repairs/noise", uid=step)
-    batch = fit_blocks(batch_of(*digit_rows(config.batch_size, seed, TRAIN, step), network.mask_id, step), network)
+    batch = batch_of(*digit_rows(config.batch_size, seed, TRAIN, step), step)
     order = random.random((config.batch_size, DIGITS)).argsort(1)
     masked = order < random.integers(0, DIGITS + 1, (config.batch_size, 1))
     rows = [Row(sample, 0, mask, scored=np.ones_like(mask), clean_before=True) for sample, mask in enumerate(masked)]
-    views = build_views(batch, rows, 1)
+    views = build_views(batch, rows, 1, network.profile)
     changed = torch.from_numpy(random.random(len(views.target_rows)) < corruption)
     place = views.target_rows[changed & (views.tokens[views.target_rows] != network.mask_id)]
     tokens = views.tokens.clone()

@@ -27,6 +27,7 @@ from torch import nn
 
 from rlhub.algorithm.scoring import token_log_probs
 from rlhub.likelihoods import sequence_draws
+from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
@@ -74,11 +75,11 @@ def measure(config: Config, tick: Tick, seed: int) -> dict[str, Any]:
         "orders": {"mean": [mean_over_orders(log_prob) for _, log_prob in tables]},
     }
     drawn = {}
-    stream = Noise(seed).stream("views")
+    profile, stream = network.profile, Noise(seed).stream("views")
     for name, make in (
-        ("elbo", lambda: elbo.make(batch, None, elbo.Config(config.draws), stream, 0)),
-        ("time_form", lambda: time_form.make(batch, None, time_form.Config(config.draws), stream, 0)),
-        ("control", lambda: counted_bernoulli(batch, config.draws, Noise(seed))),
+        ("elbo", lambda: elbo.make(batch, None, elbo.Config(config.draws), stream, 0, profile)),
+        ("time_form", lambda: time_form.make(batch, None, time_form.Config(config.draws), stream, 0, profile)),
+        ("control", lambda: counted_bernoulli(batch, config.draws, Noise(seed), profile)),
     ):
         views = make()
         values = sequence_draws(token_log_probs(network, views, TOKENS_AT_ONCE).double(), views).numpy()
@@ -127,7 +128,7 @@ def all_log_probs(network: nn.Module, batch: Batch, sample: int) -> tuple[np.nda
     """
     length = int(batch.span[sample])
     masks = (np.arange(1, 2**length)[:, None] >> np.arange(length) & 1).astype(bool)
-    views = build_views(batch, [Row(sample, number, mask) for number, mask in enumerate(masks)], len(masks))
+    views = build_views(batch, [Row(sample, number, mask) for number, mask in enumerate(masks)], len(masks), network.profile)
     log_prob = np.zeros(masks.shape)
     log_prob[masks] = token_log_probs(network, views, TOKENS_AT_ONCE).double().numpy()
     return masks, log_prob
@@ -162,7 +163,7 @@ def time_form_moments(law: Exact) -> tuple[float, float]:
     return moment(1), moment(2) - moment(1) ** 2
 
 
-def counted_bernoulli(batch: Batch, draws: int, noise: Noise) -> Views:
+def counted_bernoulli(batch: Batch, draws: int, noise: Noise, profile: Profile) -> Views:
     """The control's views: t ~ U(0, 1), each token masked with probability t, weight L / l."""
     generator, rows = noise.generator("control"), []
     for sample, draw_number in itertools.product(range(len(batch)), range(draws)):
@@ -170,7 +171,7 @@ def counted_bernoulli(batch: Batch, draws: int, noise: Noise) -> Views:
         masked = generator.random(length) < generator.random()
         if masked.any():
             rows.append(Row(sample, draw_number, masked, length / masked.sum()))
-    return build_views(batch, rows, draws)
+    return build_views(batch, rows, draws, profile)
 
 
 @rc_context(STYLE)

@@ -65,7 +65,7 @@ def measure(config: Config, tick: Tick, seed: int) -> dict[str, Any]:
 
     def make_batch(step: int) -> Batch:
         rows = whole_rows(config, Noise(seed).generator("guidance/rows", uid=step), config.batch_size, held_out=False)
-        return batch_of([row[:0] for row in rows], rows, network.mask_id, step)
+        return batch_of([row[:0] for row in rows], rows, step)
 
     train(network, masked_loss(network, elbo, elbo.Config(draws=1), make_batch, seed), config.steps, SFT, counted(tick, EVERY))
     prompts = whole_rows(config, Noise(seed).generator("guidance/test"), config.problems, held_out=True)[:, : config.length]

@@ -76,7 +76,7 @@ def learn(config: Config, tick: Tick, kind: str, seed: int) -> dict[str, Any]:
 
     def loss(step: int) -> Tensor:
         which = Noise(seed).generator("moe_against_dense/rows", uid=step).integers(0, config.facts, config.batch_size)
-        views = noisy_views(batch_of(keys[which], answers[which], network.mask_id, step), 1, seed)
+        views = noisy_views(network, batch_of(keys[which], answers[which], step), 1, seed)
         value, record, sums = forward(network, views)
         return value + (auxiliary_loss(record, sums, weights) if kind != "dense" else 0.0)
 
@@ -84,7 +84,7 @@ def learn(config: Config, tick: Tick, kind: str, seed: int) -> dict[str, Any]:
         if step % config.eval_every:
             return
         with torch.no_grad():
-            value, _, sums = forward(network, noisy_views(batch_of(keys, answers, network.mask_id), 2, seed))
+            value, _, sums = forward(network, noisy_views(network, batch_of(keys, answers), 2, seed))
         metrics = router_metrics(sums, routers(network)[0].rule)
         curve["step"].append(step)
         curve["loss"].append(value.item())
@@ -127,8 +127,8 @@ def facts(config: Config, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return numbers[:, None] // SYMBOLS ** np.arange(KEY) % SYMBOLS, random.integers(0, SYMBOLS, (config.facts, ANSWER))
 
 
-def noisy_views(batch: Batch, draws: int, seed: int) -> Views:
-    return elbo.make(batch, None, elbo.Config(draws=draws), Noise(seed).stream("views"), 0)
+def noisy_views(network: nn.Module, batch: Batch, draws: int, seed: int) -> Views:
+    return elbo.make(batch, None, elbo.Config(draws=draws), Noise(seed).stream("views"), 0, network.profile)
 
 
 def forward(network: nn.Module, views: Views) -> tuple[Tensor, list[Routing], Tensor]:

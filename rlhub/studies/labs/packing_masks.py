@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from rlhub.algorithm.batching import micro_batches
 from rlhub.algorithm.scoring import micro_batch_log_probs
+from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.records.progress import RunProgress
 from rlhub.studies.lab_training import SFT, Tick, train
@@ -93,14 +94,14 @@ def post_trained(config: Config, network: nn.Module, kind: str, seed: int) -> nn
     optimizer = replace(SFT, learning_rate=config.post_learning_rate, warmup_steps=config.post_steps // 5)
 
     def loss(step: int) -> Tensor:
-        views = answer_views(rows.batch(step, config.post_batch_size))
+        views = answer_views(rows.batch(step, config.post_batch_size), network.profile)
         (whole,) = micro_batches(views, int(views.layout.row_offsets[-1]))
         return -micro_batch_log_probs(network, views, whole).sum() / max(len(views.score_target), 1)
 
     return train(network, loss, config.post_steps, optimizer).eval()
 
 
-def answer_views(batch: Batch) -> Views:
+def answer_views(batch: Batch, profile: Profile) -> Views:
     """Rows in which the keys after all questions are hidden and scored; a key that the row's end cut off is left out."""
     rows = []
     for number, tokens in enumerate(batch.completions):
@@ -108,14 +109,14 @@ def answer_views(batch: Batch) -> Views:
         masked = np.zeros(len(tokens), dtype=bool)
         masked[places[places < len(tokens)]] = True
         rows.append(Row(number, 0, masked))
-    return build_views(batch, rows, 1)
+    return build_views(batch, rows, 1, profile)
 
 
 def packed(config: Config, kind: str, seed: int) -> PackedDocuments:
     """The rows of one of `PACKINGS`, or of the control."""
     shape, length = network_config(config.layers, config.heads), config.times[-1] * TRAINED
     packing = "adaptive" if kind == CONTROL else kind
-    return PackedDocuments(documents(config, seed, kind == CONTROL), packing, length, shape.eos_token_id, shape.mask_token_id, Noise(seed))
+    return PackedDocuments(documents(config, seed, kind == CONTROL), packing, length, shape.eos_token_id, Noise(seed))
 
 
 def documents(config: Config, seed: int, swapped: bool = False) -> list[np.ndarray]:

@@ -79,7 +79,7 @@ def trained(config: Any, tick: Tick, seed: int) -> nn.Module:
     network = llada.build(network_config(config.layers, config.heads)).initialize(torch.Generator().manual_seed(seed))
 
     def batch(step: int) -> Batch:
-        return batch_of(*short_haystacks(config.batch_size, seed, step), network.mask_id, step)
+        return batch_of(*short_haystacks(config.batch_size, seed, step), step)
 
     loss = masked_loss(network, elbo, elbo.Config(draws=1), batch, seed)
     return train(network, loss, config.steps, replace(SFT, learning_rate=config.learning_rate), counted(tick, EVERY))

@@ -88,7 +88,7 @@ def learn(config: Config, tick: Tick, kind: str, seed: int) -> dict[str, Any]:
     network = tiny_llada(config.tokens + 3, seed, width=config.width, layers=config.layers)
     rows = partial(draw_rows, config, first, second, Noise(seed))
     if kind == "masked":
-        loss = masked_loss(network, elbo, elbo.Config(draws=1), lambda step: split_rows(*rows(step), network.mask_id, step), seed)
+        loss = masked_loss(network, elbo, elbo.Config(draws=1), lambda step: split_rows(*rows(step), step), seed)
         answer = answer_masked
     else:
         loss, answer = partial(causal_loss, network, rows), answer_causal
@@ -137,11 +137,10 @@ def draw_rows(config: Config, first: np.ndarray, second: np.ndarray, noise: Nois
     return rows, np.where(kind == TEXT, 1, 1 + LINE)
 
 
-def split_rows(rows: np.ndarray, given: np.ndarray, mask_id: int, step: int) -> Batch:
+def split_rows(rows: np.ndarray, given: np.ndarray, step: int) -> Batch:
     return batch_of(
         [row[:count] for row, count in zip(rows, given, strict=True)],
         [row[count:] for row, count in zip(rows, given, strict=True)],
-        mask_id,
         step,
     )
 

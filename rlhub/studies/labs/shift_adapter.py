@@ -103,7 +103,7 @@ def with_shift(network: nn.Module, shift: int) -> nn.Module:
 def digit_rows(count: int, seed: int, purpose: int, step: int) -> Batch:
     """Rows of digits and the same digits in order."""
     prompts = Noise(seed).generator("shift_adapter/rows", uid=purpose << 32 | step).integers(0, 10, (count, DIGITS))
-    return batch_of(list(prompts), list(np.sort(prompts, 1)), 10, step)
+    return batch_of(list(prompts), list(np.sort(prompts, 1)), step)
 
 
 def next_token_loss(config: Config, network: nn.Module, seed: int, step: int) -> Tensor:

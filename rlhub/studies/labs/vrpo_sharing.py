@@ -127,7 +127,7 @@ def digit_rows(count: int, ascending: float, seed: int, phase: int, step: int) -
     random = Noise(seed).generator("vrpo_sharing/rows", uid=phase << 32 | step)
     prompts = random.integers(0, 10, (count, DIGITS))
     ordered = np.sort(prompts, 1)
-    return batch_of(list(prompts), list(np.where(random.random((count, 1)) < ascending, ordered, ordered[:, ::-1])), 10, step)
+    return batch_of(list(prompts), list(np.where(random.random((count, 1)) < ascending, ordered, ordered[:, ::-1])), step)
 
 
 def pairs(count: int, seed: int) -> Batch:
@@ -135,7 +135,7 @@ def pairs(count: int, seed: int) -> Batch:
     prompts = Noise(seed).generator("vrpo_sharing/pairs").integers(0, 10, (count, DIGITS))
     ordered = np.sort(prompts, 1)
     completions = [row for one in ordered for row in (one, one[::-1])]
-    batch = batch_of([prompt for prompt in prompts for _ in range(2)], completions, 10)
+    batch = batch_of([prompt for prompt in prompts for _ in range(2)], completions)
     return replace(batch, group=np.repeat(np.arange(count), 2), member=np.tile([0, 1], count), rewards=np.tile([1.0, 0.0], (count, 1)))
 
 

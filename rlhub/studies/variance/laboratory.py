@@ -27,6 +27,7 @@ from rlhub.algorithm.batching import micro_batches
 from rlhub.algorithm.scoring import micro_batch_log_probs, token_log_probs
 from rlhub.errors import UserError
 from rlhub.likelihoods import sequence_draws
+from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.studies.variance.estimates import (
@@ -107,19 +108,19 @@ class Setting:
     def num_pairs(self) -> int:
         return len(self.batch) // 2
 
-    def views(self, pool: Pool, purpose: str, pairs: int | None = None) -> Iterator[Views]:
+    def views(self, pool: Pool, purpose: str, profile: Profile, pairs: int | None = None) -> Iterator[Views]:
         """The views of each repeat, of the first `pairs` pairs."""
         part = load_part("views", pool.views)
         batch = self.batch if pairs is None else first_samples(self.batch, 2 * pairs)
         stream = Noise(self.seed).stream(purpose)
         for repeat in range(self.repeats):
-            yield part.make(batch, None, part.Config(**pool.options), stream, pool.number * self.repeats + repeat)
+            yield part.make(batch, None, part.Config(**pool.options), stream, pool.number * self.repeats + repeat, profile)
 
     @torch.no_grad()
     def draws(self, network: nn.Module, pool: Pool, purpose: str, tick: Tick) -> np.ndarray:
         """float64 [2 N, R, K], every draw of a pool."""
         parts = []
-        for views in self.views(pool, purpose):
+        for views in self.views(pool, purpose, network.profile):
             log_prob = token_log_probs(network, views, self.max_tokens, self.device)
             parts.append(sequence_draws(log_prob.double(), views).numpy())
             tick(views.num_rows)
@@ -273,7 +274,7 @@ class Laboratory:
     def _gradients(self, policy: nn.Module, pool: Pool) -> np.ndarray:
         """float32 [2 n, R, K, F], the gradient of every draw."""
         parts = []
-        for views in self.setting.views(pool, "views", self.gradient_pairs):
+        for views in self.setting.views(pool, "views", policy.profile, self.gradient_pairs):
             parts.append(draw_gradients(policy, views, self.setting.max_tokens, self.setting.device).numpy())
             self.tick(3 * views.num_rows)
         return np.stack(parts, 1)
@@ -391,7 +392,7 @@ def _exact_variance(law: Exact, cell: Cell, edges: Sequence[float]) -> float:
 def _all_sums(network: nn.Module, setting: Setting, sample: int) -> tuple[np.ndarray, np.ndarray]:
     length = int(setting.batch.span[sample])
     masks = np.array(list(itertools.islice(itertools.product((False, True), repeat=length), 1, None)))
-    views = build_views(setting.batch, [Row(sample, number, mask) for number, mask in enumerate(masks)], len(masks))
+    views = build_views(setting.batch, [Row(sample, number, mask) for number, mask in enumerate(masks)], len(masks), network.profile)
     log_prob = token_log_probs(network, views, setting.max_tokens, setting.device)
     return masks, sequence_draws(log_prob.double(), views)[sample].numpy()
 
@@ -429,6 +430,5 @@ def small_problem(seed: int, num_pairs: int = 8, vocabulary: int = 4, longest: i
         span=length,
         rewards=np.tile([1.0, 0.0], (num_pairs, 1)),
         member=np.tile([0, 1], num_pairs),
-        mask_id=vocabulary,
     )
     return policy, reference, batch
