@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhub.bounds import NonNegativeInt, PositiveFloat, PositiveInt
+
 
 @dataclass
 class RewardPoolConfig:
-    deadline_seconds: float = 10.0  # per item, or per call of a reward that grades in batches
-    batch_size: int = 64  # items that travel together
-    processes: int = 1  # grading processes of each reward worker
-    memory_megabytes: int = 4096  # resident memory of a grading process; one that takes more is ended
-    retries: int = 1  # of an item whose process died; one that passed its deadline is not tried again
-    cache: str = "none"  # of valid grades: none | memory | a folder, which may be shared by workers and runs
+    """How grading processes are bounded (docs/rewards.md)."""
+
+    deadline_seconds: PositiveFloat = 10.0
+    """Per item, or per call of a reward that grades in batches."""
+    batch_size: PositiveInt = 64
+    """Items that travel together."""
+    processes: PositiveInt = 1
+    """Grading processes of each reward worker."""
+    memory_megabytes: PositiveInt = 4096
+    """Resident memory of a grading process; one that takes more is ended."""
+    retries: NonNegativeInt = 1
+    """Of an item whose process died; one that passed its deadline is not tried again."""
+    cache: str = "none"
+    """Of valid grades: none, memory or a folder, which may be shared by workers and runs."""

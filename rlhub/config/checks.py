@@ -1,22 +1,18 @@
-"""What a recipe's types cannot say: names of parts and their options, ranges, choices, and keys that must fit each other."""
+"""What a recipe's types cannot say: names of parts and their options, and keys that must fit each other."""
 
 from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhub.config.schema import Part, Recipe, SamplerConfig
+from rlhub.config.values import typed_recipe
 from rlhub.errors import RecipeError
 from rlhub.parts import KeyedError, did_you_mean, load_part, one_line, part_config, part_names, show
-
-if TYPE_CHECKING:
-    pass
 
 # A part: its folder, the key that names it, and the keys that hold its options. Naming another part drops the options set before.
 PARTS = [
@@ -38,8 +34,6 @@ def check_recipe(recipe: Recipe) -> None:
         KeyedError: the first problem, with the key that it concerns.
     """
     for check in (
-        _check_choices,
-        _check_ranges,
         _check_sampler,
         _check_engine,
         _check_algorithm,
@@ -48,6 +42,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_recorded_log_probs,
         _check_asynchrony,
         _check_rope,
+        _check_router,
         _check_adapters,
         _check_pairs,
     ):
@@ -66,8 +61,9 @@ def check_sampler(sampler: SamplerConfig) -> None:
         raise KeyedError(error.message, f"sampler.options.{error.key}".rstrip(".")) from error
     except RecipeError as error:
         raise KeyedError(str(error), "sampler.name") from error
-    for check in (_check_choices, _check_ranges, _check_sampler):
-        check(Recipe(sampler=sampler))
+    recipe = Recipe(sampler=sampler)
+    typed_recipe(asdict(recipe))
+    _check_sampler(recipe)
 
 
 def check_devices(recipe: Recipe) -> None:
@@ -92,74 +88,6 @@ def check_devices(recipe: Recipe) -> None:
         raise RecipeError(f"roles.{key}: asks for {getattr(recipe.roles, key):g} GPUs but this machine has none; set roles.{key}=0")
 
 
-_CHOICES = {
-    "run.runtime": ["ray", "local"],
-    "model.attention": ["sdpa", "flex", "flash"],
-    "roles.engine": ["torch", "vllm"],
-    "model.rope.scaling": ["none", "ntk", "diffusion_ntk"],
-    "model.dtype": ["float32", "bfloat16"],
-    "sampler.early_stop": ["fill_eos", "off"],
-    "sampler.eos": ["allow", "last", "never"],
-    "sampler.cache": ["exact", "prefix", "dual"],
-    "algorithm.kl.kind": ["k1", "k2", "k3"],
-    "algorithm.kl.normalize": ["none", "length"],
-    "algorithm.kl.against": ["reference", "behavior"],
-    "algorithm.length": ["canvas", "response"],
-    "algorithm.fresh_views": ["update", "step", "epoch", "never"],
-    "algorithm.behavior": ["recompute", "rollout", "detach", "none"],
-    "algorithm.correction": ["auto", "none"],
-    "pairs.on_bad_pair": ["skip", "error"],
-    "learner.backend": ["deepspeed", "torch"],
-    "learner.optimizer.schedule": ["constant", "linear", "cosine", "polynomial"],
-    "sft.eos_padding": ["auto", "loss", "first", "none"],
-    "sft.pad_to": ["canvas", "batch"],
-    "sft.masks": ["count", "time"],
-    "sft.packing": ["adaptive", "eod", "direct"],
-    "sft.loss_weight": ["auto", "inverse_t", "cart", "plain"],
-    "sft.normalize": ["answer_length", "batch_tokens", "masked_tokens"],
-    "sft.optimizer.schedule": ["constant", "linear", "cosine", "polynomial"],
-}
-_PHASES = ["sft", "online", "pairs"]
-_PHASE_ORDERS = [["sft"], ["online"], ["pairs"], ["sft", "online"], ["sft", "pairs"]]
-_PATTERNS = {
-    "algorithm.reference": (
-        r"none|frozen|adapter_off|sync_every:[1-9]\d*",
-        "none, frozen, adapter_off or sync_every:N, for example sync_every:64",
-    ),
-    "algorithm.on_invalid": (r"drop_sample|drop_group|value:[-+]?\d*\.?\d+", "drop_sample, drop_group or value:x, for example value:0.0"),
-    "run.name": (r"(?!\.)[^/\\]+", "a folder name without slashes; the folder above it is run.output_dir"),
-}
-_AT_LEAST_ONE = [
-    *(f"run.{key}" for key in ("steps", "eval_every", "checkpoint_every", "keep_checkpoints", "rollouts_every")),
-    "task.eval_rows",
-    *(f"sampler.{key}" for key in ("length", "steps", "block_length")),
-    *(f"algorithm.{key}" for key in ("updates", "prompts_per_step", "completions_per_prompt")),
-    *(f"sft.{key}" for key in ("steps", "batch_size", "draws", "eval_every")),
-    "learner.micro_batch_tokens",
-    *(f"roles.{key}" for key in ("learners", "threads")),
-    *(f"pairs.{key}" for key in ("noise_plans", "eval_rows", "eval_draws")),
-    *(f"reward_pool.{key}" for key in ("batch_size", "processes", "memory_megabytes")),
-]
-_AT_LEAST_ZERO = [
-    *("run.replay_check", "run.seed", "model.lora.rank", "task.state_rewards.every", "algorithm.kl.coefficient", "reward_pool.retries"),
-    "algorithm.max_staleness",
-    *("model.router.load_balance", "model.router.z"),
-    *(f"sampler.{key}" for key in ("temperature", "top_k", "guidance", "cache_refresh")),
-    *(f"roles.{key}" for key in ("generators", "scorers", "reward_workers")),
-    *(f"roles.gpus_per_{role}" for role in ("generator", "learner", "scorer", "reward_worker")),
-    *(f"{owner}.optimizer.{key}" for owner in ("learner", "sft") for key in ("weight_decay", "warmup_steps", "final_fraction")),
-]
-_POSITIVE = [
-    *(
-        "model.lora.alpha",
-        "algorithm.correction_cap",
-        "weights.bucket_megabytes",
-        "weights.timeout_seconds",
-        "reward_pool.deadline_seconds",
-        "roles.generate_timeout_seconds",
-    ),
-    *(f"{owner}.optimizer.{key}" for owner in ("learner", "sft") for key in ("learning_rate", "max_grad_norm")),
-]
 _GROUP_ADVANTAGES = [
     "group_mean",
     "leave_one_out",
@@ -170,57 +98,7 @@ _GROUP_ADVANTAGES = [
 ]  # compare a completion with others of its prompt
 
 
-def _check_choices(recipe: Recipe) -> None:
-    from rlhub.records.trackers import TRACKERS
-
-    for key, choices in _CHOICES.items():
-        value = attrgetter(key)(recipe)
-        if value not in choices:
-            raise KeyedError(f"no such choice {value!r}{did_you_mean(value, choices)}", key)
-    for key, (pattern, wanted) in _PATTERNS.items():
-        value = attrgetter(key)(recipe)
-        if not re.fullmatch(pattern, value):
-            raise KeyedError(f"expected {wanted}; got {value!r}", key)
-    for tracker in recipe.run.trackers:
-        if tracker not in TRACKERS:
-            raise KeyedError(f"no such tracker {tracker!r}{did_you_mean(tracker, TRACKERS)}", "run.trackers")
-    phases = recipe.run.phases
-    for phase in phases:
-        if phase not in _PHASES:
-            raise KeyedError(f"no such phase {phase!r}{did_you_mean(phase, _PHASES)}", "run.phases")
-    if phases not in _PHASE_ORDERS:
-        raise KeyedError(f"expected {', '.join(map(_bracketed, _PHASE_ORDERS))}; got {_bracketed(phases)}", "run.phases")
-
-
-def _check_ranges(recipe: Recipe) -> None:
-    def require(key: str, fits: bool, wanted: str) -> None:
-        if not fits:
-            raise KeyedError(f"must be {wanted}, got {show(attrgetter(key)(recipe))}", key)
-
-    for key in _AT_LEAST_ONE:
-        require(key, attrgetter(key)(recipe) >= 1, "at least 1")
-    for key in _AT_LEAST_ZERO:
-        require(key, 0 <= attrgetter(key)(recipe) < float("inf"), "0 or more")
-    for key in _POSITIVE:
-        require(key, 0 < attrgetter(key)(recipe) < float("inf"), "above 0")
-    for owner in ("learner", "sft"):
-        optimizer = attrgetter(f"{owner}.optimizer")(recipe)
-        require(f"{owner}.optimizer.betas", all(0 <= beta < 1 for beta in optimizer.betas), "two numbers in [0, 1)")
-        require(f"{owner}.optimizer.final_fraction", optimizer.final_fraction <= 1, "at most 1")
-    low, high = recipe.sft.mask_range
-    require("sft.mask_range", 0 <= low < high <= 1, "two numbers that ascend within [0, 1]")
-    require("sft.random_length", 0 <= recipe.sft.random_length <= 1, "a share, 0 to 1")
-    fits = [0 <= temperature < float("inf") for temperature in recipe.eval_temperatures]
-    require("eval_temperatures", bool(fits) and all(fits), "a list of numbers, each 0 or more")
-    replayed = not recipe.model.router.replay or recipe.algorithm.updates > 1
-    require("model.router.replay", replayed, "false with algorithm.updates=1, as only later updates replay")
-    require("run.seed", recipe.run.seed < 1 << 64, "below 2^64")  # the width of a noise key
-    require("learner.zero_stage", recipe.learner.zero_stage in (0, 1, 2, 3), "0, 1, 2 or 3")
-
-
 def _check_sampler(recipe: Recipe) -> None:
-    from rlhub.samplers import TRACE
-
     sampler = recipe.sampler
     length, block = sampler.length, sampler.block_length
     if length % block:
@@ -229,16 +107,8 @@ def _check_sampler(recipe: Recipe) -> None:
         fix = f"use length {lengths}, or block_length {blocks}"
         raise KeyedError(f"{length} is not a multiple of block_length {block}; {fix}", "sampler.length")
     _check_schedule(recipe)
-    if not 0 < sampler.top_p <= 1:
-        raise KeyedError(f"must be above 0 and at most 1, got {sampler.top_p:g}", "sampler.top_p")
-    interval = sampler.guidance_interval
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise KeyedError(f"must be two shares that ascend within [0, 1], got {show(interval)}", "sampler.guidance_interval")
     if sampler.cache == "exact" and sampler.cache_refresh:
         raise KeyedError("refreshes an approximate cache, but sampler.cache is exact; use 0", "sampler.cache_refresh")
-    for record in sampler.records:
-        if record not in TRACE:
-            raise KeyedError(f"no such trace field {record!r}{did_you_mean(record, TRACE)}", "sampler.records")
 
 
 def _check_engine(recipe: Recipe) -> None:
@@ -456,6 +326,11 @@ def _check_rope(recipe: Recipe) -> None:
         raise KeyedError("scaling is none, so there is nothing to reach; use diffusion_ntk", "model.rope.scaling")
 
 
+def _check_router(recipe: Recipe) -> None:
+    if recipe.model.router.replay and recipe.algorithm.updates == 1:
+        raise KeyedError("must be false with algorithm.updates=1, as only later updates replay, got true", "model.router.replay")
+
+
 def _check_adapters(recipe: Recipe) -> None:
     model, key = recipe.model, "model.adapter"
     if model.adapter is not None and model.lora.rank:
@@ -498,10 +373,6 @@ def _check_pairs(recipe: Recipe) -> None:
         if algorithm.fresh_views not in ("epoch", "never"):
             key = "algorithm.fresh_views"
             raise KeyedError(f"{algorithm.fresh_views} never repeats its noise, so nothing can be cached; use epoch", key)
-
-
-def _bracketed(phases: Sequence[str]) -> str:
-    return f"[{', '.join(phases)}]"
 
 
 def _select(values: Mapping[str, Any], key: str) -> Any:

@@ -18,13 +18,14 @@ from types import ModuleType
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhub.config.checks import PARTS, check_recipe
 from rlhub.config.schema import Recipe
+from rlhub.config.values import typed_recipe
 from rlhub.errors import RecipeError
-from rlhub.parts import KeyedError, assign, did_you_mean, flatten, one_line, part_config, show
+from rlhub.parts import KeyedError, did_you_mean, flatten, one_line, part_config, show
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -41,21 +42,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         10
     """
     layers = [*_file_layers(Path(path), [], set()), _override_layer(overrides)]
-    config = OmegaConf.structured(Recipe)
+    values = asdict(Recipe())
     origins: dict[str, str] = {"": str(path)}
     for layer in layers:
         origins |= layer.origins
-        try:
-            _drop_replaced_options(config, dict(layer.values))
-            for key, value in layer.values:
-                assign(config, Recipe, key, value)
-        except KeyedError as error:
-            raise _located(error, origins) from error
+        _drop_replaced_options(values, dict(layer.values))
+        for key, value in layer.values:
+            _assign(values, key, value)
     try:
-        recipe = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise _located(KeyedError(f"{one_line(error)}; write a plain value", error.full_key or ""), origins) from error
-    validate(recipe, origins)
+        recipe = typed_recipe(_interpolated(values))
+        check_recipe(recipe)
+    except KeyedError as error:
+        raise _located(error, origins) from error
     return recipe
 
 
@@ -73,29 +71,19 @@ def load_options(module: ModuleType, path: Path | None, overrides: Sequence[str]
         raise _located(error, origins) from error
 
 
-def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Writes the resolved recipe; `load_recipe` reads it back equal."""
-    Path(path).write_text(dump_recipe(recipe), encoding="utf-8")
-
-
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML."""
+    """The resolved recipe as YAML, which `load_recipe` reads back equal."""
     return yaml.dump(asdict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=140)
 
 
-def validate(recipe: Recipe, origins: Mapping[str, str] | None = None) -> None:
-    """Checks what types cannot say: names of parts and their options, ranges, choices, and keys that must fit each other.
-
-    Args:
-        origins: where each dotted key was set, for the message.
+def validate(recipe: Recipe) -> None:
+    """The checks of `load_recipe` for a recipe that was made or changed in Python.
 
     Raises:
         RecipeError: the first problem, in one line.
     """
-    try:
-        check_recipe(recipe)
-    except KeyedError as error:
-        raise _located(error, origins or {}) from error
+    typed_recipe(asdict(recipe))
+    check_recipe(recipe)
 
 
 class _Loader(yaml.SafeLoader):
@@ -214,12 +202,41 @@ def _override_layer(overrides: Sequence[str]) -> _Layer:
     return layer
 
 
-def _drop_replaced_options(config: DictConfig, layer: Mapping[str, Any]) -> None:
+def _drop_replaced_options(values: dict[str, Any], layer: Mapping[str, Any]) -> None:
     """Removes the options of parts for which a layer names another part, and the model's shape when it names another checkpoint."""
     for name_key, option_keys in [*((name_key, option_keys) for _, name_key, option_keys in PARTS), ("model.path", ["model.config"])]:
-        if name_key in layer and layer[name_key] != OmegaConf.select(config, name_key):
+        if name_key not in layer:
+            continue
+        section, name = _section(values, name_key)
+        if layer[name_key] != section.get(name):
             for key in option_keys:
-                OmegaConf.update(config, key, {}, merge=False)
+                section, name = _section(values, key)
+                section[name] = {}
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key; an empty mapping takes nothing away."""
+    section, name = _section(values, key)
+    if value != {} or not isinstance(section.get(name), dict):
+        section[name] = value
+
+
+def _section(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The mapping that holds a dotted key, made where it is missing, and the key's last name."""
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    return values, name
+
+
+def _interpolated(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with `${other.key}` filled in."""
+    try:
+        return dict(OmegaConf.to_container(OmegaConf.create(values), resolve=True))  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        raise KeyedError(f"{one_line(error)}; write a plain value", error.full_key or "") from error
 
 
 def _located(error: KeyedError, origins: Mapping[str, str]) -> RecipeError:

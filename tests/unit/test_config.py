@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhub.config.checks import check_devices
-from rlhub.config.recipe import load_recipe, save_recipe, validate
+from rlhub.config.recipe import dump_recipe, load_recipe, validate
 from rlhub.config.schema import Recipe
 from rlhub.errors import RecipeError
 from rlhub.parts import KeyedError, load_part, part_config, part_names
@@ -73,7 +73,7 @@ def message(path: str, *overrides: str) -> str:
 )
 def test_every_shipped_file_loads_and_comes_back_equal(path, tmp_path):
     recipe = load_recipe(path)
-    save_recipe(recipe, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(tmp_path / "config.yaml") == recipe
 
 
@@ -150,7 +150,7 @@ def test_another_checkpoint_drops_the_shape_of_the_earlier_one(write):
 @pytest.mark.parametrize("word", ["off", "no", "on", "2020-01-01", "1e3", "010", "true", "null", "a: b", "1_000", "é"])
 def test_text_survives_saving(word, tmp_path):
     recipe = Recipe(about=word)
-    save_recipe(recipe, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(tmp_path / "config.yaml").about == word
 
 
@@ -167,6 +167,8 @@ def test_off_is_text(write):
         ("run:\n  steps: many\n", ["recipe.yaml:2", "run.steps", "a whole number", "'many'"]),
         ("run:\n", ["recipe.yaml:1", "run", "a mapping", "null"]),
         ("run: 3\n", ["recipe.yaml:1", "a mapping", "3"]),
+        ("task: 3\n", ["recipe.yaml:1", "task", "a mapping", "3"]),
+        ("run:\n  deterministic: true\n", ["recipe.yaml:2", "run.deterministic", "was removed"]),
         ("run: {steps: {a: 1}}\n", ["recipe.yaml:1", "run.steps", "a whole number"]),
         ("run: {resume: perhaps}\n", ["run.resume", "true or false", "'perhaps'"]),
         ("learner: {optimizer: {betas: [0.9]}}\n", ["betas", "a list of 2 items", "[0.9]"]),
@@ -206,7 +208,7 @@ def test_mistakes_in_a_file_name_their_place(write, text, wanted):
         ("run.name=a/b", ["run.name", "'a/b'"]),
         ("run.phases=[online, sft]", ["run.phases", "[sft, online]"]),
         ("run.phases=[onlin]", ["'onlin'", "online"]),
-        ("run.seed=-1", ["run.seed", "0 or more", "-1"]),
+        ("run.seed=-1", ["run.seed", "[0, 2^64)", "-1"]),
         ("algorithm.kl.kind=k4", ["'k4'", "k1"]),
         ("algorithm.kl.coefficient=0.1", ["algorithm.kl.coefficient", "algorithm.reference=frozen"]),
         ("algorithm.reference=sync_every", ["'sync_every'", "sync_every:64"]),
@@ -220,7 +222,7 @@ def test_mistakes_in_a_file_name_their_place(write, text, wanted):
         ("sampler.length=12", ["12", "block_length", "8 or 16", "6 or 12"]),
         ("sampler.steps=9", ["9", "at most 8"]),
         ("sampler={block_length: 2, steps: 6}", ["6", "4 blocks", "4 or 8"]),
-        ("sampler.early_stop=false", ["early_stop", "'False'", "fill_eos"]),
+        ("sampler.early_stop=false", ["early_stop", "choice false", "fill_eos"]),
         ("learner.backend=torch roles.learners=2", ["torch", "deepspeed"]),
         ("learner.micro_batch_tokens=4", ["4", "at least 8"]),
         ("learner.optimizer.betas=[0.9, 1.0]", ["betas", "[0, 1)"]),
@@ -234,7 +236,18 @@ def test_mistakes_in_a_file_name_their_place(write, text, wanted):
         ("run.trackers=[tensorbord]", ["'tensorbord'", "tensorboard"]),
         ("weights.transport=object_stor", ["'object_stor'", "object_store"]),
         ("model.path=no/such/model", ["'no/such/model'", "model.path"]),
-        ("eval_temperatures=[]", ["eval_temperatures", "[]"]),
+        ("eval_temperatures=[]", ["eval_temperatures", "a non-empty list", "[]"]),
+        ("eval_temperatures=[0.5, -1]", ["eval_temperatures", "each a number (0 or more)", "[0.5, -1]"]),
+        ("run.steps=true", ["run.steps", "a whole number", "true"]),
+        ("run.deterministic=true", ["override 'run.deterministic=true'", "was removed", "every run is deterministic", "delete"]),
+        ("algorithm.reference=frozn", ["'frozn'", "did you mean frozen?"]),
+        ("algorithm.reference=sync_every:0", ["'sync_every:0'", "none, frozen, adapter_off or sync_every:N"]),
+        ("sampler.guidance_interval=[0.5, 0.5]", ["two shares that ascend", "[0.5, 0.5]"]),
+        ("sft.mask_range=[0.3, 0.8, 0.9]", ["two shares that ascend", "0.9"]),
+        ("sampler.records=[entropie]", ["'entropie'", "did you mean entropy?"]),
+        ("learner.zero_stage=4", ["zero_stage", "4", "[0, 3]"]),
+        ("model.rope.target_length=0", ["target_length", "a whole number (at least 1) or null", "0"]),
+        ("model.router.replay=true", ["model.router.replay", "algorithm.updates=1"]),
         ("task.train.correct_fraction=2", ["override 'task.train.correct_fraction=2'", "[0, 1]"]),
         ("task.reward.name=grader.py:f", ["grader.py", "not found"]),
         ("algorithm.objective.name=no.such.module", ["'no'", "sequence_clip"]),

@@ -302,12 +302,12 @@ def test_settings_that_do_not_fit_the_attention(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_p": 0.0}, "sampler.top_p: must be above 0 and at most 1, got 0"),
+        ({"top_p": 0.0}, "sampler.top_p: must be in (0, 1], got 0"),
         ({"guidance": -1.0}, "sampler.guidance: must be 0 or more, got -1.0"),
-        ({"guidance_interval": [0.8, 0.2]}, "sampler.guidance_interval: must be two shares that ascend"),
+        ({"guidance_interval": [0.8, 0.2]}, "sampler.guidance_interval: expected a list of two shares that ascend"),
         ({"cache": "double"}, "sampler.cache: no such choice 'double'; did you mean dual?"),
         ({"cache_refresh": 2}, "sampler.cache_refresh: refreshes an approximate cache, but sampler.cache is exact; use 0"),
-        ({"records": ["entropi"]}, "sampler.records: no such trace field 'entropi'; did you mean entropy?"),
+        ({"records": ["entropi"]}, "sampler.records: no such choice 'entropi'; did you mean entropy?"),
         ({"steps": 5}, "sampler.steps: 5 is not a multiple of the 3 blocks"),
         ({"steps": 24}, "sampler.steps: 24 steps for a canvas of 12 tokens leave some without a token"),
         ({"name": "first_hitting"}, "sampler.steps: first_hitting has one step for each token of the canvas; use steps 12"),
