@@ -19,25 +19,20 @@ and may have, for graders that are faster in batches or slow to start,
 tokens). The status is `unparsed` where there was nothing to grade (the value then follows the published rule) and `ok` otherwise; a
 grader that cannot do its work raises, and whoever called it records that. An answer is accurate when its value is 1.0.
 
-A function is accepted too, from a module (`my_package.graders:brevity`) or a file (`grader.py:brevity`): either
-`f(prompt, completion, row, **options)` or TRL's `f(prompts, completions, **columns) -> list[float]`, as it is; both may be `async def`.
+A module of your own is named by its dotted path or its file (`./grader.py`). A function is accepted too, from a module
+(`my_package.graders:brevity`) or a file (`grader.py:brevity`): either `f(prompt, completion, row, **options)` or TRL's
+`f(prompts, completions, **columns) -> list[float]`, as it is; both may be `async def`.
 
 What graders share lies in `answers`, `sandbox` and `pool`; every module directly in this folder without a leading underscore is a reward.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import importlib
-import importlib.util
 import inspect
 import json
-import pkgutil
 import re
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -46,10 +41,13 @@ from types import ModuleType
 from typing import Any
 
 from rewards._grader import Grader, Item, WrongCount, same_count
+from rlhub.errors import RecipeError
+from rlhub.parts import did_you_mean, load_file, load_module, load_part, one_line, part_config
 from rlhub.types import Prompt
 
 __all__ = ["Grader", "Item", "Prompt", "WrongCount", "check_answer", "column", "extract_answer", "load_grader"]
 
+CONTRACT = ("Config", "grade(prompt, completion, row, config)")
 ANSWERS = ("tags", "whole")
 
 
@@ -63,16 +61,21 @@ def load_grader(part: dict[str, Any]) -> Grader:
         [1.0, 1.0]
 
     Raises:
-        ValueError: no such reward, function, file or option.
+        RecipeError: no such reward, function, file or option.
     """
     options = dict(part)
     name = options.pop("name", None)
     if not isinstance(name, str) or not name:
-        raise ValueError(f"reward {part!r} has no name, write e.g. {{name: exact_match}}")
-    if ":" in name:
-        return _function_grader(name, options)
-    module = _module(name)
-    config, optional = _config(module, name, options), vars(module)
+        raise RecipeError(f"reward {part!r} has no name, write e.g. {{name: exact_match}}")
+    try:
+        return _function_grader(name, options) if ":" in name else _module_grader(name, options)
+    except ValueError as error:
+        raise RecipeError(f"reward {name}: {one_line(error)}") from error
+
+
+def _module_grader(name: str, options: dict[str, Any]) -> Grader:
+    module = load_part("rewards", name)
+    config, optional = _config(module, options), vars(module)
     wants_batches = "grade_batch" in optional and ("batched" not in optional or module.batched(config))
     return Grader(
         name,
@@ -131,48 +134,23 @@ def _own_version() -> str:
         return digest.hexdigest()
 
 
-def _module(name: str) -> ModuleType:
-    if "." in name:
-        path = name
-    else:
-        known = [module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg]
-        if name not in known:
-            raise ValueError(f"unknown reward {name!r}{_nearest(name, known)}; rewards: {', '.join(known)}")
-        path = f"{__name__}.{name}"
-    module = _import(path, name)
-    for attribute in ("Config", "grade"):
-        if attribute not in vars(module):
-            raise ValueError(f"reward module {name!r} has no {attribute}, see the contract in rewards/__init__.py")
-    return module
-
-
-def _config(module: ModuleType, name: str, options: dict[str, Any]) -> Any:
-    known = [field.name for field in fields(module.Config)]
-    for key in options:
-        if key not in known:
-            raise ValueError(f"reward {name}: unknown option {key!r}{_nearest(key, known)}; options: {', '.join(known) or 'none'}")
-    try:
-        if not options:  # OmegaConf takes a tenth of a second to import, and most rewards of a run have none
-            return module.Config()
-        from omegaconf import OmegaConf
-
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(module.Config), options))
-    except ValueError as error:
-        raise ValueError(f"reward {name}: {_one_line(error)}") from error
+def _config(module: ModuleType, options: dict[str, Any]) -> Any:
+    """The module's options; without any, OmegaConf is spared, which takes a tenth of a second to import."""
+    return part_config(module, options) if options else module.Config()
 
 
 def _function_grader(name: str, options: dict[str, Any]) -> Grader:
     source, function_name = name.rsplit(":", 1)
-    module = _import_file(source) if source.endswith(".py") else _import(source, name)
+    module = load_file(source) if source.endswith(".py") else load_module(source, source)
     function = vars(module).get(function_name)
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise ValueError(f"{source} has no function {function_name!r}{_nearest(function_name, known)}")
+        raise RecipeError(f"{source} has no function {function_name!r}{did_you_mean(function_name, known)}")
     parameters = inspect.signature(function).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in options:
         if not open_ended and key not in parameters:
-            raise ValueError(f"reward {name}: unknown option {key!r}{_nearest(key, list(parameters))}")
+            raise RecipeError(f"unknown option {key!r}{did_you_mean(key, list(parameters))}")
     bound, version = partial(function, **options), _version(module, {"function": function_name, **options}, "")
     if "completions" not in parameters:
         return Grader(name, one=bound, version=version)
@@ -193,33 +171,3 @@ async def _grade_with_trl(function: Callable[..., Any], accepted: frozenset[str]
     arguments |= {"prompts": [prompt for prompt, _, _ in items], "completions": answers}
     values = function(**{key: value for key, value in arguments.items() if accepted is None or key in accepted})
     return same_count(await values if inspect.isawaitable(values) else values, len(items), name)
-
-
-def _import(path: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        # A module that exists but lacks one of its own imports must say so itself.
-        if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
-            raise
-        raise ValueError(f"reward {name!r}: no module {path!r} on the Python path") from error
-
-
-def _import_file(path: str) -> ModuleType:
-    if not Path(path).is_file():
-        raise ValueError(f"reward file not found: {path}; give the path from the folder in which rlhub was started")
-    digest = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:8]
-    spec = importlib.util.spec_from_file_location(f"{Path(path).stem}_{digest}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
-
-
-def _one_line(error: Exception) -> str:
-    return ", ".join(line.strip() for line in str(error).splitlines() if "object_type" not in line)

@@ -24,13 +24,13 @@ from rlhub.errors import UserError
 from rlhub.likelihoods import sequence_draws
 from rlhub.networks.layout import pack_layout, to_device
 from rlhub.noise import Noise
-from rlhub.parts import load_part
+from rlhub.parts import load_part, part_names
 from rlhub.records.progress import RunProgress
 from rlhub.types import Batch, Credit, Request, Rollout
 
 Prompt = str | list[dict[str, str]] | Sequence[int] | np.ndarray  # text, chat messages, or token ids
 
-LIKELIHOOD_VIEWS = {"elbo": "elbo", "coupled": "coupled", "exact": "all_masks", "chain": "chain"}
+EXACT = "all_masks"  # the views behind `views="exact"`
 TOKENS_AT_ONCE = 4096  # rows are scored in groups of about this many tokens
 
 
@@ -184,8 +184,11 @@ def log_likelihood(
     Raises:
         ValueError: the views are unknown, the completion is empty, too long, or holds the mask token.
     """
-    if views not in LIKELIHOOD_VIEWS:
-        raise UserError(f"views must be one of {', '.join(LIKELIHOOD_VIEWS)}, got {views!r}")
+    part = load_part("views", EXACT if views == "exact" else views)
+    kind = getattr(part, "LOG_LIKELIHOOD", None)
+    if kind is None:
+        fitting = [name for name in part_names("views") if hasattr(load_part("views", name), "LOG_LIKELIHOOD")]
+        raise UserError(f"views must be one of exact, {', '.join(fitting)}, got {views!r}")
     if draws < 1:
         raise UserError(f"draws must be at least 1, got {draws}")
     (prompt_ids,) = _prompt_ids(model, [prompt])
@@ -195,11 +198,10 @@ def log_likelihood(
     if not 0 <= guidance < math.inf:
         raise UserError(f"guidance must be 0 or more, got {guidance}")
     batch = _one_sample(prompt_ids, ids)
-    part = load_part("views", LIKELIHOOD_VIEWS[views])
-    sampled = views in ("elbo", "coupled")
+    sampled = kind == "draws"
     credit = Credit(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool))
     try:
-        options = {"draws": draws} if sampled else {"order": order} if views == "chain" else {}
+        options = {"draws": draws} if sampled else {"order": order} if "order" in part.Config.__dataclass_fields__ else {}
         rows = part.make(batch, credit, part.Config(**options), Noise(seed).stream("views"), 0, model.network.profile)
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -1,7 +1,11 @@
 """Parts by name: the module that a recipe names, and its options as that module's `Config`.
 
-A part is one file in a folder (`rlhub/views/coupled.py`) or a module of the user's named by a dotted path (`my_package.my_views`).
-It declares a frozen dataclass `Config` with its options and the functions that its folder's `__init__.py` asks for.
+A part is one file in a folder (`rlhub/views/coupled.py`), a module of the user's named by its path (`my_package.my_views`, or `my_views`
+where no part that ships has that name), or a single file (`./my_views.py`). It declares a frozen dataclass `Config` with its options
+and what its folder's `__init__.py` asks for, by name in `CONTRACT` there. What else a part can do, it states in attributes of its module:
+no list of names anywhere does, so a copy of a part behaves like the original.
+
+Grading processes load their graders here, so that this module must start without PyTorch and OmegaConf.
 """
 
 from __future__ import annotations
@@ -9,20 +13,29 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import importlib.util
+import os
 import pkgutil
 import re
+import sys
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhub.errors import RecipeError
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+Value = TypeVar("Value")
+
 _PACKAGES = {"rewards": "rewards", "transports": "workers.transports", "labs": "rlhub.studies.labs"}  # every other folder lies in rlhub
+_FILE = re.compile(r"(.+\.py)(:.*)?")  # a file, and for rewards a function in it
+_FILE_MODULE = "_rlhub_file_"  # begins the names of modules that are single files; the path follows in hexadecimal digits
 
 
 class KeyedError(RecipeError):
@@ -38,31 +51,161 @@ class KeyedError(RecipeError):
 
 def part_names(folder: str) -> list[str]:
     """The parts that ship in a folder: `views`, `rewards`, `transports`, ..."""
-    package = importlib.import_module(_PACKAGES.get(folder, f"rlhub.{folder}"))
+    package = _package(folder)
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg and not module.name.startswith("_"))
 
 
 def load_part(folder: str, name: str) -> ModuleType:
-    """The module `name` of a folder (`views`, `rewards`, `transports`, ...), or the user's module when `name` is dotted.
+    """The module `name` of a folder (`views`, `rewards`, `transports`, ...), the user's module of that path, or the file `name`.
+
+    A name without dots is a part that ships, where there is one, else the user's module beside the recipe or on PYTHONPATH. A relative
+    file is looked for in the current folder; those in a recipe are absolute by then (see `absolute_file`).
 
     Raises:
-        RecipeError: there is no such module, or importing it fails.
+        RecipeError: there is no such module, importing it fails, or it has not what the folder asks for.
     """
+    shipped = part_names(folder)
     if not isinstance(name, str) or not name:
-        raise RecipeError(f"a name from {folder} is needed, got {show(name)}; choose from {', '.join(part_names(folder))}")
-    if "." not in name and name not in part_names(folder):
-        known = part_names(folder)
-        raise RecipeError(f"{folder} has no {name!r}{did_you_mean(name, known)}, or give the dotted path of your own module")
-    path = name if "." in name else f"{_PACKAGES.get(folder, f'rlhub.{folder}')}.{name}"
+        raise RecipeError(f"a name from {folder} is needed, got {show(name)}; choose from {', '.join(shipped)}")
+    if _FILE.fullmatch(name):
+        module = load_file(name)
+    elif name in shipped:
+        module = load_module(f"{_package(folder).__name__}.{name}", name)
+    elif "." in name or _is_own_module(name):
+        module = load_module(name, name, f"; or choose from {', '.join(shipped)}")
+    else:
+        own = "or give your own module: its dotted path, or a file such as ./my_part.py"
+        raise RecipeError(f"{folder} has no {name!r}{did_you_mean(name, shipped)}, {own}")
+    _check_contract(_package(folder), module, name)
+    return module
+
+
+def load_module(path: str, name: str, hint: str = "") -> ModuleType:
+    """The module of a dotted path, which a recipe calls `name`.
+
+    Raises:
+        RecipeError: there is none, or importing it fails; `hint` ends the first message.
+    """
     try:
         return importlib.import_module(path)
     except Exception as error:  # a user's file may fail in any way while it is imported
         if isinstance(error, ModuleNotFoundError) and error.name and f"{path}.".startswith(f"{error.name}."):
-            raise RecipeError(
-                f"no module {name!r} ({error.name!r} cannot be found from the current folder or PYTHONPATH); "
-                f"or choose from {', '.join(part_names(folder))}"
-            ) from error
+            where = f"{error.name!r} cannot be found from the current folder or PYTHONPATH"
+            raise RecipeError(f"no module {name!r} ({where}){hint}") from error
         raise RecipeError(f"importing {name!r} failed: {type(error).__name__}: {one_line(error)}") from error
+
+
+def load_file(file: str) -> ModuleType:
+    """The module that a single file is, under a name of its own; loaded anew after the file has changed.
+
+    Raises:
+        RecipeError: there is no such file, or importing it fails.
+    """
+    path = Path(file).resolve()
+    if not path.is_file():
+        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+        raise RecipeError(f"file not found: {file}{near}; give its path from the folder of the recipe, or an absolute one")
+    name = _FILE_MODULE + str(path).encode().hex()
+    if name in sys.modules and vars(sys.modules[name])["__changed__"] != _changed(path):
+        del sys.modules[name]
+    return load_module(name, file)
+
+
+def absolute_file(name: Any, folder: Path) -> Any:
+    """The name of a part with its file, if it names one, as an absolute path: from `folder`, else from the current folder.
+
+    Example:
+        >>> absolute_file("./my_views.py", Path("/recipes")), absolute_file("coupled", Path("/recipes"))
+        ('/recipes/my_views.py', 'coupled')
+    """
+    match = _FILE.fullmatch(name) if isinstance(name, str) else None
+    if match is None:
+        return name
+    places = [os.path.abspath(os.path.join(base, os.path.expanduser(match[1]))) for base in (folder, Path.cwd())]
+    return next(filter(os.path.isfile, places), places[0]) + (match[2] or "")
+
+
+def title(module: ModuleType) -> str:
+    """A part in messages: its path as a recipe would name it."""
+    return str(module.__file__) if module.__name__.startswith(_FILE_MODULE) else module.__name__
+
+
+def returned(value: Any, wanted: type[Value], module: ModuleType, function: str) -> Value:
+    """What a part's function returned, if it is what the contract says.
+
+    Raises:
+        RecipeError: it is of another type.
+    """
+    if not isinstance(value, wanted):
+        raise RecipeError(f"{title(module)}: {function} must return {wanted.__name__}, got {type_name(value)}")
+    return value
+
+
+def type_name(value: Any) -> str:
+    """The type of a value, those of a tuple's items."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(type_name, value))})"
+    return "None" if value is None else type(value).__name__
+
+
+def _package(folder: str) -> ModuleType:
+    return importlib.import_module(_PACKAGES.get(folder, f"rlhub.{folder}"))
+
+
+def _is_own_module(name: str) -> bool:
+    """Whether a name without dots is a module that Python finds, and none of its own library."""
+    try:
+        return name.isidentifier() and name not in sys.stdlib_module_names and importlib.util.find_spec(name) is not None
+    except ValueError:  # a module that was made by hand
+        return False
+
+
+def _check_contract(package: ModuleType, module: ModuleType, name: str) -> None:
+    """Raises RecipeError where a part lacks something of `package.CONTRACT`; of a tuple there, one entry is enough."""
+    for entry in package.CONTRACT:
+        choices = (entry,) if isinstance(entry, str) else entry
+        if not any(_has(module, choice) for choice in choices):
+            wanted = "dataclass Config with its options" if entry == "Config" else " or ".join(choices)
+            where = f"see {package.__name__.replace('.', '/')}/__init__.py"
+            raise RecipeError(f"{package.__name__} part {name} has no {wanted}; {where}")
+
+
+def _has(module: ModuleType, wanted: str) -> bool:
+    """Whether a module has a dataclass `Config`, a function (written with its arguments) or a constant."""
+    name, call, _ = wanted.partition("(")
+    value = vars(module).get(name)
+    if name == "Config":
+        return isinstance(value, type) and dataclasses.is_dataclass(value)
+    return callable(value) if call else name in vars(module)
+
+
+class _FileLoader(SourceFileLoader):
+    """Compiles a file whenever it is loaded: bytecode is told apart by seconds only, and would lie beside the recipe."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module)["__changed__"] = _changed(Path(self.path))
+        super().exec_module(module)
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+class _FileFinder:
+    """Finds modules that are single files by their names, so that pickled objects of their classes load in every process."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if not name.startswith(_FILE_MODULE):
+            return None
+        file = bytes.fromhex(name.removeprefix(_FILE_MODULE)).decode()
+        return importlib.util.spec_from_file_location(name, file, loader=_FileLoader(name, file))
+
+
+sys.meta_path.append(_FileFinder)  # type: ignore[arg-type]
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def part_config(module: ModuleType, options: Mapping[str, Any]) -> Any:
@@ -71,13 +214,18 @@ def part_config(module: ModuleType, options: Mapping[str, Any]) -> Any:
     Raises:
         KeyedError: an option is unknown or has the wrong type or value; `key` is the option.
     """
-    schema = vars(module).get("Config")
-    if schema is None:
-        raise KeyedError(f"module {module.__name__} is not a part: it has no dataclass Config with its options", "")
-    config = OmegaConf.structured(schema)
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    schema = module.Config
+    try:
+        config = OmegaConf.structured(schema)
+    except OmegaConfBaseException as error:
+        raise KeyedError(f"the Config of {title(module)} cannot be read: {one_line(error)}", "") from error
     OmegaConf.set_readonly(config, False)  # the dataclass is frozen, the node that collects its values must not be
+    owner = re.split(r"[./]", title(module).removesuffix(".py"))[-1]
     for key, value in flatten({key: value for key, value in options.items() if key != "name"}):
-        assign(config, schema, key, value, owner=module.__name__.rpartition(".")[2])
+        assign(config, schema, key, value, owner)
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -104,6 +252,9 @@ def assign(config: DictConfig, schema: type, key: str, value: Any, owner: str = 
     Raises:
         KeyedError: the key is unknown or the value has another type.
     """
+    from omegaconf import ListConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     expected = _type_of(schema, key, owner)
     if isinstance(value, Mapping) and not value and (dataclasses.is_dataclass(expected) or typing.get_origin(expected) is dict):
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from rewards.pool import longest_call
 from rlhub.config.schema import Recipe
 from rlhub.errors import SyncError, WorkerLost
+from rlhub.parts import load_part
 from rlhub.types import Receipt
 from workers.generator import Generator
 from workers.learner import Learner
@@ -219,8 +219,7 @@ def _spawn_all(recipe: Recipe, model_path: Path, runtime: Runtime, wanted: dict[
         gather(runtime, [runtime.submit(learner, "join", address) for learner in learners])
     # Members of a process group must run at the same time, so in one process the weights go through memory.
     name = recipe.weights.transport if recipe.run.runtime == "ray" else "object_store"
-    module = importlib.import_module(name if "." in name else f"workers.transports.{name}")
-    transport = module.Transport(runtime, learners, recipe.weights)
+    transport = load_part("transports", name).Transport(runtime, learners, recipe.weights)
     return Crew(
         runtime,
         learners,

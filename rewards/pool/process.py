@@ -20,12 +20,17 @@ import psutil
 
 from rewards.pool.child import IDLE, LENGTH, PROGRESS, TOGETHER
 from rewards.pool.settings import RewardPoolConfig
+from rlhub import ROOT
 from rlhub.errors import UserError
 
 START_SECONDS = 120.0  # for a process to load its grader
 POLL_SECONDS = 0.05  # between looks at a busy process's clock and memory
 
-_MAIN = "import sys; sys.path[:] = sys.argv[1:]; sys.argv[1:] = []; from rewards.pool.child import main; main()"
+# First `rlhub`, which finds its neighbours wherever the path leads: a `rewards.py` of the user's may lie in the current folder.
+_MAIN = (
+    "import sys; sys.path[0] = sys.argv[1]; import rlhub; sys.path[:] = sys.argv[2:]; sys.argv[1:] = []; "
+    "from rewards.pool.child import main; main()"
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class RewardProcess:
             shared.flush()
             self.progress = mmap.mmap(shared.fileno(), PROGRESS.size)
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN, *sys.path],
+                [sys.executable, "-c", _MAIN, ROOT, *sys.path],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=[shared.fileno()],

@@ -4,6 +4,13 @@ A module here has a frozen dataclass `Config` and
 
     assign(rewards: float64 [P, G] or [P, G, S], batch: Batch, config: Config) -> Credit
 
+and may state
+
+    GROUP: bool            it compares a completion with others of its prompt, so that one alone has no advantage. Default: False
+    STEP_REWARDS: bool     it needs rewards [P, G, S], the grades of intermediate states (`task.state_rewards`). Default: False
+    UNPAIRED: bool         of preference data it takes labelled samples rather than pairs, as `plan` expects before the data is there.
+                           Default: False
+
 Rewards are NaN where a grade is invalid; such samples get advantage 0 and count in no mean. A group with fewer than two valid members
 has no signal and gets zeros.
 """
@@ -12,6 +19,8 @@ import numpy as np
 import torch
 
 from rlhub.types import Batch, Credit
+
+CONTRACT = ("Config", "assign(rewards, batch, config)")
 
 
 def to_credit(matrix: np.ndarray, batch: Batch) -> Credit:

@@ -8,6 +8,8 @@ import torch
 from rlhub.advantages import without_lonely
 from rlhub.types import Batch, Credit
 
+GROUP = True
+
 
 @dataclass(frozen=True)
 class Config:

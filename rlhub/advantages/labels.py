@@ -7,6 +7,8 @@ import torch
 
 from rlhub.types import Batch, Credit
 
+UNPAIRED = True
+
 
 @dataclass(frozen=True)
 class Config:

@@ -7,6 +7,8 @@ import numpy as np
 from rlhub.advantages import masked_mean, to_credit, without_lonely
 from rlhub.types import Batch, Credit
 
+GROUP = True
+
 
 @dataclass(frozen=True)
 class Config:

@@ -7,6 +7,9 @@ import numpy as np
 from rlhub.advantages import standardised, to_credit, without_lonely
 from rlhub.types import Batch, Credit
 
+GROUP = True
+STEP_REWARDS = True
+
 
 @dataclass(frozen=True)
 class Config:

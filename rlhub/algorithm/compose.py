@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from rlhub.algorithm.kl import mean_penalty
 from rlhub.algorithm.off_policy import correction_metrics, correction_weights, weighted_credit
 from rlhub.config.schema import AlgorithmConfig
+from rlhub.errors import RecipeError
 from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
-from rlhub.parts import load_part, part_config
+from rlhub.parts import load_part, part_config, returned, title, type_name
 from rlhub.types import Batch, Credit, LogLikelihood, Scores, Views
 
 
@@ -104,13 +106,14 @@ class Algorithm:
     def credit(self, batch: Batch) -> Credit:
         module, config = self.advantage
         rewards = batch.rewards if batch.step_rewards is None else batch.step_rewards
-        return module.assign(rewards, batch, config)
+        return returned(module.assign(rewards, batch, config), Credit, module, "assign")
 
     def make_views(self, batch: Batch, credit: Credit, noise: Noise, update: int, profile: Profile, purpose: str = "views") -> Views:
         """The views of one inner update; the same for all of them unless `fresh_views: update`."""
         module, config = self.views
         own = update if self.config.fresh_views == "update" else 0
-        return module.make(batch, credit, config, noise.stream(purpose), own, profile)
+        views = module.make(batch, credit, config, noise.stream(purpose), own, profile)
+        return returned(views, Views, module, "make")
 
     @property
     def num_views(self) -> int:
@@ -148,10 +151,10 @@ class Algorithm:
         module, config = self.objective
         if self.corrects:
             weights = correction_weights((scores.proximal or scores.policy).detach(), scores.behavior, self.config.correction_cap)
-            loss, metrics = module.loss(scores, weighted_credit(credit, weights), config)
+            loss, metrics = _loss(module, scores, weighted_credit(credit, weights), config)
             metrics |= correction_metrics(weights[credit.valid], self.config.correction_cap)
         else:
-            loss, metrics = module.loss(scores, credit, config)
+            loss, metrics = _loss(module, scores, credit, config)
         kl = self.config.kl
         if kl.coefficient > 0:
             other = scores.reference if kl.against == "reference" else scores.behavior
@@ -160,7 +163,7 @@ class Algorithm:
             loss = loss + kl.coefficient * penalty
         for term in self.auxiliary:
             module, config = term.objective
-            value, _ = module.loss(scores, _restricted(credit, term.on), config)
+            value, _ = _loss(module, scores, _restricted(credit, term.on), config)
             metrics[f"auxiliary/{term.name}"] = value.item()
             loss = loss + term.weight * value
         metrics["loss"] = loss.item()
@@ -186,7 +189,17 @@ class Algorithm:
     def estimate(self, log_prob: Tensor, views: Views, credit: Credit) -> LogLikelihood:
         """Log-likelihoods in float64 from token log-probs `[M]`."""
         module, config = self.likelihood
-        return module.estimate(log_prob.double(), views, credit, config)
+        return returned(module.estimate(log_prob.double(), views, credit, config), LogLikelihood, module, "estimate")
+
+
+def _loss(module: ModuleType, scores: Scores, credit: Credit, config: Any) -> tuple[Tensor, dict[str, float]]:
+    """The loss and the metrics of an objective; RecipeError where it returns something else."""
+    result = module.loss(scores, credit, config)
+    shown = isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor) and isinstance(result[1], dict)
+    if not shown or result[0].dim():
+        got = f"a tensor of shape {list(result[0].shape)}" if shown else type_name(result)
+        raise RecipeError(f"{title(module)}: loss must return (scalar Tensor, dict), got {got}; see rlhub/objectives/__init__.py")
+    return result
 
 
 def _restricted(credit: Credit, on: str) -> Credit:

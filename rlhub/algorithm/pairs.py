@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError
 from rlhub.noise import PAIRS, SFT, Noise, sample_uid
-from rlhub.parts import part_config
-from rlhub.tasks.preferences import BadRow, Config, Preference
+from rlhub.parts import load_part, part_config
+from rlhub.tasks.preferences import BadRow, Preference
 from rlhub.types import Batch
 
 
@@ -146,15 +147,14 @@ class PairOrder:
         return wanted | ({epochs: rest} if rest and epochs < self.noise_plans else {})
 
 
-def source_config(recipe: Recipe) -> Config:
-    """Where the preference data of a recipe is: `pairs.data`, or the task's own data where the task is `preferences`.
+def preference_source(recipe: Recipe) -> tuple[ModuleType, Any]:
+    """The module that reads the preference data of a recipe and its Config: `pairs.data`, or the data of a task of that kind.
 
     Raises:
         KeyedError: an option is unknown or has a wrong value.
     """
-    import rlhub.tasks.preferences as module
-
-    return part_config(module, recipe.pairs.data or recipe.task.train)
+    module = load_part("tasks", "preferences" if recipe.pairs.data else recipe.task.name)
+    return module, part_config(module, recipe.pairs.data or recipe.task.train)
 
 
 def pair_order(recipe: Recipe, num_pairs: int) -> PairOrder:

@@ -58,8 +58,11 @@ def main() -> None:
 
     A run is described by a recipe (YAML) and lives in one folder. Start with `rlhub train recipes/sort.yaml`.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a recipe may name modules of the user's by dotted path
+    here = os.getcwd()
+    if sys.path[0] in ("", here):  # as `python -m` has it
+        sys.path.pop(0)
+    if here not in sys.path:
+        sys.path.append(here)  # a recipe may name modules of the user's; at the end, where they hide nothing that is installed
 
 
 main.add_command(bench)

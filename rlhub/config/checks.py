@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhub.config.schema import Part, Recipe, SamplerConfig
+from rlhub.config.tasks import task_kind
 from rlhub.config.values import typed_recipe
 from rlhub.errors import RecipeError
-from rlhub.parts import KeyedError, did_you_mean, load_part, one_line, part_config, part_names, show
+from rlhub.parts import KeyedError, did_you_mean, load_part, one_line, part_config, show
 
 # A part: its folder, the key that names it, and the keys that hold its options. Naming another part drops the options set before.
 PARTS = [
@@ -88,16 +89,6 @@ def check_devices(recipe: Recipe) -> None:
         raise RecipeError(f"roles.{key}: asks for {getattr(recipe.roles, key):g} GPUs but this machine has none; set roles.{key}=0")
 
 
-_GROUP_ADVANTAGES = [
-    "group_mean",
-    "leave_one_out",
-    "z_score",
-    "softmax",
-    "best_worst",
-    "step_difference",
-]  # compare a completion with others of its prompt
-
-
 def _check_sampler(recipe: Recipe) -> None:
     sampler = recipe.sampler
     length, block = sampler.length, sampler.block_length
@@ -150,10 +141,11 @@ def _check_schedule(recipe: Recipe) -> None:
 def _check_algorithm(recipe: Recipe) -> None:
     algorithm, kl = recipe.algorithm, recipe.algorithm.kl
     advantage = algorithm.advantage.get("name")
-    if algorithm.completions_per_prompt < 2 and advantage in _GROUP_ADVANTAGES:
+    if algorithm.completions_per_prompt < 2 and _stated("advantages", advantage, "GROUP"):
         raise KeyedError(f"{advantage} compares completions of one prompt and needs at least 2, got 1", "algorithm.completions_per_prompt")
-    if advantage == "step_difference" and "online" in recipe.run.phases and recipe.task.state_rewards.every == 0:
-        raise KeyedError("step_difference needs grades of intermediate states, got 0; use 1 or more", "task.state_rewards.every")
+    needs_states = _stated("advantages", advantage, "STEP_REWARDS")
+    if needs_states and "online" in recipe.run.phases and recipe.task.state_rewards.every == 0:
+        raise KeyedError(f"{advantage} needs grades of intermediate states, got 0; use 1 or more", "task.state_rewards.every")
     if kl.coefficient > 0 and getattr(algorithm, kl.against) == "none":
         fix = "algorithm.reference=frozen" if kl.against == "reference" else "algorithm.behavior=recompute"
         key = "algorithm.kl.coefficient"
@@ -182,16 +174,20 @@ def _check_layout(recipe: Recipe) -> None:
             f"use at least {recipe.sampler.length} plus the longest prompt",
             "learner.micro_batch_tokens",
         )
-    if recipe.run.runtime == "ray" and recipe.weights.transport == "nccl" and not (roles.gpus_per_learner and roles.gpus_per_generator):
+    way, on_gpus = recipe.weights.transport, roles.gpus_per_learner and roles.gpus_per_generator
+    if recipe.run.runtime == "ray" and not on_gpus and _stated("transports", way, "NEEDS_GPUS"):
         raise KeyedError(
-            "nccl needs a GPU for each learner and generator; use gloo or object_store, or set roles.gpus_per_*", "weights.transport"
+            f"{way} needs a GPU for each learner and generator; use gloo or object_store, or set roles.gpus_per_*",
+            "weights.transport",
         )
 
 
 def _check_parts(recipe: Recipe) -> None:
-    transport = recipe.weights.transport
-    if recipe.run.runtime == "ray" and "." not in transport and transport not in (known := part_names("transports")):
-        raise KeyedError(f"no such transport {transport!r}{did_you_mean(transport, known)}", "weights.transport")
+    if recipe.run.runtime == "ray":
+        try:
+            load_part("transports", recipe.weights.transport)
+        except RecipeError as error:
+            raise KeyedError(str(error), "weights.transport") from error
     if recipe.model.path and not Path(recipe.model.path).is_dir() and not recipe.model.config:
         raise KeyedError(f"no folder {recipe.model.path!r}{_similar_folders(Path(recipe.model.path))}", "model.path")
     values = asdict(recipe)
@@ -232,23 +228,38 @@ def _inexact_log_probs(recipe: Recipe) -> str | None:
 
     sampler, algorithm = recipe.sampler, recipe.algorithm
     module = load_part("samplers", sampler.name)
-    likelihood, views = algorithm.likelihood["name"], algorithm.views
+    meaning = log_probs(module, part_config(module, sampler.options))
+    likelihood = algorithm.likelihood["name"]
+    scored = _stated("likelihoods", likelihood, "SCORES")
+    in_order = scored not in (None, "own_steps")
+    merges = _merges_steps("likelihoods", algorithm.likelihood) or _merges_steps("views", algorithm.views)
     problems = {
-        f"{sampler.name} chooses positions by draws that it does not record": log_probs(module, part_config(module, sampler.options))
-        == "none",
+        f"{sampler.name} chooses positions by draws that it does not record": meaning == "none",
         "under sampler.eos last positions wait for draws that are not recorded": sampler.eos == "last",
         f"those of sampler.cache {sampler.cache} are of stale keys and values": sampler.cache != "exact",
         "those under sampler.guidance are of guided logits": sampler.guidance != 0,
-        f"the likelihood {likelihood} does not score the rollout's own steps": likelihood
-        in ("elbo", "eubo", "by_sign", "mean_field", "cross_entropy"),
-        "the likelihood trajectory merges steps": bool(algorithm.likelihood.get("merged"))
-        or (likelihood == "trajectory" and (views.get("shrink", 1) > 1 or views.get("segments", 0) > 0)),
-        f"the likelihood exact is that of left_to_right, not of {sampler.name}": likelihood == "exact" and sampler.name != "left_to_right",
+        f"the likelihood {likelihood} does not score the rollout's own steps": scored is None,
+        f"the likelihood {likelihood} merges steps": scored == "own_steps" and merges,
+        f"the likelihood {likelihood} is that of {scored}, not of {sampler.name}": in_order and getattr(module, "ORDER", None) != scored,
         "under algorithm.length response training sees less of the canvas than the sampler did": algorithm.length == "response",
-        "tokens that sampler.early_stop fills in have none, and the likelihood exact counts them": likelihood == "exact"
+        f"tokens that sampler.early_stop fills in have none, and the likelihood {likelihood} counts them": in_order
         and sampler.early_stop == "fill_eos",
     }
     return next((problem for problem, applies in problems.items() if applies), None)
+
+
+def _stated(folder: str, name: Any, attribute: str) -> Any:
+    """What a part states of itself; None where it states nothing or cannot be loaded, which another check reports."""
+    try:
+        return getattr(load_part(folder, name), attribute, None)
+    except RecipeError:
+        return None
+
+
+def _merges_steps(folder: str, part: Part) -> bool:
+    """Whether views or a likelihood take several denoising steps as one."""
+    module = load_part(folder, part["name"])
+    return hasattr(module, "merges_steps") and module.merges_steps(part_config(module, part))
 
 
 def _check_asynchrony(recipe: Recipe) -> None:
@@ -280,7 +291,7 @@ def _check_grader_function(reward: Part) -> None:
     try:
         load_grader(reward)
     except Exception as error:  # a user's file may fail in any way while it is imported
-        raise KeyedError(f"{reward['name']!r}: {one_line(error)}", "task.reward.name") from error
+        raise KeyedError(one_line(error), "task.reward.name") from error
 
 
 def _check_needs(recipe: Recipe, name: str, needs: Sequence[str]) -> None:
@@ -354,7 +365,7 @@ def _check_pairs(recipe: Recipe) -> None:
     if "pairs" not in recipe.run.phases:
         return
     algorithm, pairs = recipe.algorithm, recipe.pairs
-    if not pairs.data and recipe.task.name != "preferences":
+    if not pairs.data and task_kind(recipe) != "preferences":
         why = f"the phase pairs needs data, and task {recipe.task.name} brings none"
         raise KeyedError(f"{why}; set pairs.data.path to a file or source", "pairs.data")
     if pairs.data:
@@ -364,8 +375,9 @@ def _check_pairs(recipe: Recipe) -> None:
             raise KeyedError(error.message, f"pairs.data.{error.key}".rstrip(".")) from error
     if algorithm.behavior == "rollout":
         raise KeyedError("rollout needs the log-probs of a sampler, which preference data has not; use none", "algorithm.behavior")
-    if algorithm.views.get("name") == "trajectory":
-        raise KeyedError("trajectory replays a sampler, and preference data has none; use elbo", "algorithm.views.name")
+    views = algorithm.views.get("name")
+    if _stated("views", views, "REPLAYS"):
+        raise KeyedError(f"{views} replays a sampler, and preference data has none; use elbo", "algorithm.views.name")
     if pairs.reference_cache not in ("auto", "none"):
         if algorithm.reference.startswith("sync_every"):
             key = "pairs.reference_cache"

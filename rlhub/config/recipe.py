@@ -25,7 +25,10 @@ from rlhub.config.checks import PARTS, check_recipe
 from rlhub.config.schema import Recipe
 from rlhub.config.values import typed_recipe
 from rlhub.errors import RecipeError
-from rlhub.parts import KeyedError, did_you_mean, flatten, one_line, part_config, show
+from rlhub.parts import KeyedError, absolute_file, did_you_mean, flatten, one_line, part_config, show
+
+NAMES = {*(name_key for _, name_key, _ in PARTS), "weights.transport"}  # keys that name a part
+NESTED = ("task.reward.", "algorithm.auxiliary")  # where lists of parts stand
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -180,7 +183,7 @@ def _walk(loader: _Loader, node: yaml.MappingNode, prefix: str, path: Path, laye
         if isinstance(value_node, yaml.MappingNode) and value_node.value:
             _walk(loader, value_node, f"{key}.", path, layer)
         else:
-            layer.values.append((key, loader.construct_object(value_node, deep=True)))
+            layer.values.append((key, _with_absolute_files(key, loader.construct_object(value_node, deep=True), path.parent)))
 
 
 def _override_layer(overrides: Sequence[str]) -> _Layer:
@@ -195,11 +198,24 @@ def _override_layer(overrides: Sequence[str]) -> _Layer:
             parsed = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise RecipeError(f"{origin}: {value!r} is not a YAML value; quote it or close its brackets") from error
-        leaves = flatten({key.strip(): parsed})
+        leaves = [(leaf, _with_absolute_files(leaf, value, Path.cwd())) for leaf, value in flatten({key.strip(): parsed})]
         layer.values += leaves
         sections = accumulate(key.strip().split("."), "{}.{}".format)
         layer.origins |= {leaf: origin for leaf, _ in leaves} | dict.fromkeys(sections, origin)
     return layer
+
+
+def _with_absolute_files(key: str, value: Any, folder: Path) -> Any:
+    """A value in which parts that are single files are named by their absolute paths, so that the saved recipe loads from anywhere."""
+    if key in NAMES:
+        return absolute_file(value, folder)
+    if isinstance(value, list) and key.startswith(NESTED):
+        return [_with_absolute_files(key, item, folder) for item in value]
+    if isinstance(value, Mapping) and key.startswith(NESTED):
+        return {
+            name: absolute_file(item, folder) if name == "name" else _with_absolute_files(key, item, folder) for name, item in value.items()
+        }
+    return value
 
 
 def _drop_replaced_options(values: dict[str, Any], layer: Mapping[str, Any]) -> None:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from rlhub.config.schema import Recipe
+from rlhub.parts import load_part
 from rlhub.tasks import Task, load_task
+
+
+def task_kind(recipe: Recipe) -> str:
+    """What the examples of a recipe's task are: prompts, documents or preferences; see `rlhub.tasks`."""
+    return getattr(load_part("tasks", recipe.task.name), "KIND", "prompts")
 
 
 def evaluation_task(recipe: Recipe) -> Task:

@@ -4,6 +4,13 @@ A module here has a frozen dataclass `Config` and
 
     estimate(log_prob: Tensor [M], views: Views, credit: Credit, config: Config) -> LogLikelihood
 
+and may state
+
+    SCORES: str     the generation whose log-probability it is: `own_steps`, the rollout's own denoising steps, or an order of positions
+                    that a sampler states as its `ORDER`, such as `left_to_right`. Recorded log-probs can stand for it then
+                    (`behavior: rollout`, corrections of stale rollouts). Default: none, it is a bound or a proxy
+    merges_steps(config) -> bool    whether several denoising steps count as one, which makes `own_steps` a proxy. Default: no
+
 It is differentiable in `log_prob` and touches samples one by one: the value of a sample depends on its own rows only.
 """
 
@@ -13,6 +20,8 @@ import torch
 from torch import Tensor
 
 from rlhub.types import Views
+
+CONTRACT = ("Config", "estimate(log_prob, views, credit, config)")
 
 
 def sequence_draws(log_prob: Tensor, views: Views) -> Tensor:

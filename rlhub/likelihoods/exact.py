@@ -9,6 +9,8 @@ from torch import Tensor
 from rlhub.likelihoods import sequence_draws, token_means
 from rlhub.types import Credit, LogLikelihood, Views
 
+SCORES = "left_to_right"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -14,11 +14,17 @@ from torch import Tensor
 from rlhub.likelihoods import token_means
 from rlhub.types import Credit, LogLikelihood, Views
 
+SCORES = "own_steps"
+
 
 @dataclass(frozen=True)
 class Config:
     granularity: str = "token"  # token: [B, L]; step: [B, S], the sum over the tokens of a slice at the slice's first step
     merged: bool = False  # the views merge steps (shrink, segments), so the value is a proxy and not exact
+
+
+def merges_steps(config: Config) -> bool:
+    return config.merged
 
 
 def estimate(log_prob: Tensor, views: Views, credit: Credit, config: Config) -> LogLikelihood:

@@ -31,3 +31,5 @@ are refused. Linear layers that `lora_targets` matches are called, never read fo
 
 `rlhub.networks` holds what families are built of; `rlhub.networks.decoder` is the stack that most of them share.
 """
+
+CONTRACT = ("Config", "build(config)", "ARCHITECTURES")

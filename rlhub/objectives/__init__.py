@@ -5,9 +5,11 @@ A module here has a frozen dataclass `Config` and
     loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor scalar, dict[str, float]]
 
 It sees the whole global batch in uid order in float64, so it may couple a group or the batch. Means run over the valid samples
-(`credit.valid`), whether or not their advantage is zero. An optional module constant `NEEDS = ("proximal", ...)` names the scores
-other than `policy` that must be present; `ADVANTAGES = False` says that it learns from pairs, labels or the samples themselves. All others
-must scale with each sample's advantage, since stale samples are weighed by it (`rlhub.algorithm.off_policy`).
+(`credit.valid`), whether or not their advantage is zero. It may state
+
+    NEEDS: tuple[str, ...]      scores other than `policy` that must be present: `proximal`, `reference`. Default: ()
+    ADVANTAGES: bool            False: it learns from pairs, labels or the samples themselves. Default: True, and then it must scale with
+                                each sample's advantage, since stale samples are weighed by it (`rlhub.algorithm.off_policy`)
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 
 from rlhub.types import Credit, LogLikelihood, Scores
+
+CONTRACT = ("Config", "loss(scores, credit, config)")
 
 
 def valid_mean(per_sample: Tensor, credit: Credit) -> Tensor:

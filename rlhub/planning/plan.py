@@ -17,6 +17,7 @@ from rich.text import Text
 
 from rlhub.config.recipe import dump_recipe
 from rlhub.config.schema import ModelConfig, Recipe, SamplerConfig
+from rlhub.config.tasks import task_kind
 from rlhub.engines.vllm_plugin import check_model
 from rlhub.errors import RecipeError
 from rlhub.planning.memory import Memory, serving_memory, size_text, training_memory
@@ -124,7 +125,7 @@ def make_plan(recipe: Recipe) -> Plan:
 
     algorithm = Algorithm.compose(recipe.algorithm)
     absent = _absent_data(recipe)
-    is_task = recipe.task.name in ("preferences", "documents")
+    is_task = task_kind(recipe) in ("preferences", "documents")
     tokenizer = None if absent and is_task and recipe.model.path is None else _tokenizer(recipe)
     network = meta_network(recipe.model, tokenizer and len(tokenizer))
     notes = [f"{absent} is not there yet: sizes of the data are unknown; download or make it before training"] if absent else []
@@ -133,7 +134,7 @@ def make_plan(recipe: Recipe) -> Plan:
     else:
         prompts, more = _read_prompts(recipe, tokenizer)
         notes += more
-    if recipe.task.reward["name"] != "none" or recipe.task.name == "documents":
+    if recipe.task.reward["name"] != "none" or task_kind(recipe) == "documents":
         _check_fit(recipe, prompts, network, tokenizer)
     pairs = _pairs(recipe, algorithm, tokenizer, network.max_length, absent) if "pairs" in recipe.run.phases else None
     batch = _batch(recipe, algorithm, prompts, pairs)
@@ -229,7 +230,7 @@ def _read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None) -> 
     train, test = load_task(task.name, task.train, "train", recipe.run.seed), evaluation_task(recipe)
     if test.size is not None and test.size < task.eval_rows:
         notes.append(f"task.eval_rows is {task.eval_rows} but the test split has {test.size} problems: evaluations use those")
-    if task.name == "documents":
+    if task_kind(recipe) == "documents":
         notes.append(f"{train.description}, packed {recipe.sft.packing} into rows of sampler.length tokens")
         return Prompts(0.0, 0, tokenizer is None), notes
     texts = [train.example(index).prompt for index in range(min(PROMPTS_READ, train.size or PROMPTS_READ))]
@@ -243,30 +244,30 @@ def _read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None) -> 
 
 def _absent_data(recipe: Recipe) -> str | None:
     """The file or folder with the preference data or the documents when it does not exist yet."""
-    from rlhub.algorithm.pairs import source_config
+    from rlhub.algorithm.pairs import preference_source
     from rlhub.tasks.documents import TEXT
     from rlhub.tasks.jsonl import JSON_LINES, PARQUET
 
-    if recipe.task.name == "documents":
+    if task_kind(recipe) == "documents":
         path = recipe.task.train.get("path", "")
         return path if path.endswith((*JSON_LINES, *PARQUET, *TEXT, "/")) and not Path(path).exists() else None
 
-    if "pairs" not in recipe.run.phases and recipe.task.name != "preferences":
+    if "pairs" not in recipe.run.phases and task_kind(recipe) != "preferences":
         return None
-    path = source_config(recipe).path
+    path = preference_source(recipe)[1].path
     return path if path.endswith(JSON_LINES + PARQUET) and not Path(path).is_file() else None
 
 
 def _pairs(recipe: Recipe, algorithm: Algorithm, tokenizer: Any, context: int, absent: str | None) -> PairsPlan:
     """Epochs, noise plans and what the reference costs, from the data where it is there."""
-    from rlhub.algorithm.pairs import cache_folder, encode, pair_order, source_config
-    from rlhub.tasks.preferences import load_preferences
+    from rlhub.algorithm.pairs import cache_folder, encode, pair_order, preference_source
 
-    source, limit = source_config(recipe), min(recipe.pairs.max_tokens or context, context)
-    group = 1 if recipe.algorithm.advantage["name"] == "labels" else 2
+    module, source = preference_source(recipe)
+    limit = min(recipe.pairs.max_tokens or context, context)
+    group = 1 if getattr(algorithm.advantage[0], "UNPAIRED", False) else 2
     row, response, num_pairs, num_bad = limit, limit, None, 0
     if not absent:
-        good, bad = load_preferences(source, "train")
+        good, bad = module.load_preferences(source, "train")
         num_pairs, num_bad, group = len(good), len(bad), len(good[0].responses)
         first = encode(good[:PROMPTS_READ], tokenizer, limit)[0] if tokenizer else None
         if first is not None and len(first):
@@ -400,17 +401,18 @@ def _memory(recipe: Recipe, network: nn.Module, batch: BatchPlan, pairs: PairsPl
 
 def _block_notes(recipe: Recipe, network: nn.Module, algorithm: Algorithm) -> list[str]:
     """What a block-causal model makes of the views."""
-    from rlhub.views import EXACT_ON_BLOCKS
+    from rlhub.parts import load_part, part_names
 
     profile = network.profile
     if profile.attention != "block_causal":
         return []
     name = recipe.algorithm.views["name"]
     notes = [f"the model is block-causal, blocks of {profile.block_length}: rows of an ELBO hold a clean copy of earlier blocks too"]
-    if name not in EXACT_ON_BLOCKS and recipe.run.phases != ["sft"]:
+    if not getattr(algorithm.views[0], "EXACT_ON_BLOCKS", False) and recipe.run.phases != ["sft"]:
+        exact = [other for other in part_names("views") if getattr(load_part("views", other), "EXACT_ON_BLOCKS", False)]
         notes.append(
             f"the views {name} mask all blocks at once, but the model generates each after finished ones: the likelihood is a proxy; "
-            f"{', '.join(EXACT_ON_BLOCKS)} are none"
+            f"{', '.join(exact)} are none"
         )
     return notes
 

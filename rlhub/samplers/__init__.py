@@ -11,6 +11,7 @@ A module here has a frozen dataclass `Config` and
       A module whose options decide has a function log_probs(config) -> str beside it.
     NEEDS: tuple[str, ...]      optional fields of `RowStats` that it reads; absent when it reads none
     EDITS: bool                 True when it may change tokens that are already there; absent otherwise
+    ORDER: str                  the order of positions that it always follows, `left_to_right`; absent when it follows none
 
 and one of
 
@@ -51,6 +52,13 @@ from rlhub.networks.profile import Profile
 if TYPE_CHECKING:
     from rlhub.config.schema import SamplerConfig
 
+CONTRACT = (
+    "Config",
+    "schedule(canvas_length, steps, block_length, config)",
+    ("choose(state, schedule, uniforms, config, deferred)", "select(stats, state, schedule, uniforms, config)"),
+    "RECORDS",
+    "LOG_PROBS",
+)
 Uniforms = Callable[[str], Tensor]
 
 TRACE = ("entropy", "order", "predictions", "edits", "fallback")  # optional fields of a rollout; see rlhub.types.Rollout

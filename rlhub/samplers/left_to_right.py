@@ -11,6 +11,7 @@ from rlhub.samplers import CanvasState, Schedule, Uniforms, best_positions, tran
 
 RECORDS = ()
 LOG_PROBS = "exact"
+ORDER = "left_to_right"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,10 @@ A module of this folder, or of your own code (a dotted path), has
     Config                              frozen dataclass with every option and its default
     build(config, split, seed) -> Task  the train or test split
     tokenizer(config)                   optional: the tokenizer of a task with its own small vocabulary, or None to use the model's
+    KIND: str                           optional: what its examples are. Default: `prompts`, to complete
+        documents       texts without prompts for supervised training (`sft.packing`); the Config has the option `path`
+        preferences     compared or labelled responses; the module has load_preferences(config, split) -> (list of
+                        rlhub.tasks.preferences.Preference, list of BadRow), and its Config the option `path`
 
 Everything random is drawn with `rlhub.noise` from (seed, purpose, index), so an example is a pure function of (seed, split, index) and a
 run that resumes at an index continues the same data. Training and test problems of the built-in tasks never meet: which side a problem is
@@ -29,6 +33,7 @@ from rlhub.types import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+CONTRACT = ("Config", "build(config, split, seed)")
 Split = Literal["train", "test"]
 Problem = TypeVar("Problem")
 

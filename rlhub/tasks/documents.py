@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TEXT = (".txt", ".md")
+KIND = "documents"
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # turns of HH-RLHF
 ROLES = {"Human": "user", "Assistant": "assistant"}
+KIND = "preferences"
 
 
 @dataclass(frozen=True)

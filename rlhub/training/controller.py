@@ -22,6 +22,7 @@ from functools import partial
 from rlhub.algorithm.batching import make_batch
 from rlhub.algorithm.health import rollout_metrics, staleness_metrics
 from rlhub.algorithm.pairs import PairOrder, pair_order
+from rlhub.config.tasks import task_kind
 from rlhub.noise import ONLINE
 from rlhub.training.documents import pack_documents
 from rlhub.training.grading import grade, grade_states, shuffle_grades
@@ -53,10 +54,10 @@ def _demonstrations(session: Session) -> Callable[[int], Batch]:
     """The supervised batch of a step: packed documents, of preference data the chosen responses that fit, else demonstrations."""
     recipe, eos_id = session.recipe, session.tokenizer.eos_token_id
     config, canvas = recipe.sft, recipe.sampler.length
-    if recipe.task.name == "documents":
+    if task_kind(recipe) == "documents":
         packed = pack_documents(session.train_task, session.tokenizer, config.packing, canvas, session.noise)
         return lambda step: cut_at_random(packed.batch(step, config.batch_size), config.random_length, session.noise, step)
-    if recipe.task.name != "preferences":
+    if task_kind(recipe) != "preferences":
         return lambda step: supervised_batch(
             demonstration_batch(session.train_task, session.tokenizer, recipe, step), config, eos_id, canvas, session.noise, step
         )

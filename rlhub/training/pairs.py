@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhub.algorithm.pairs import Pairs, encode, source_config
+from rlhub.algorithm.pairs import Pairs, encode, preference_source
 from rlhub.config.schema import AlgorithmConfig, Recipe
 from rlhub.errors import DataError
 from rlhub.noise import EVAL, PAIRS
-from rlhub.tasks.preferences import BadRow, load_preferences
+from rlhub.tasks.preferences import BadRow
 from rlhub.types import Batch
 
 PIECE = 64  # held-out pairs that are scored at once
@@ -45,13 +45,13 @@ def load_pairs(recipe: Recipe, tokenizer: Any, context: int) -> PairData:
     Raises:
         DataError: nothing is usable, or a row is not and the recipe says `on_bad_pair: error`.
     """
-    config = source_config(recipe)
+    module, config = preference_source(recipe)
     limit = min(recipe.pairs.max_tokens or context, context)
     canvas = recipe.sampler.length if recipe.algorithm.length == "canvas" else 0
     full = recipe.sampler.length if recipe.task.reward["name"] != "none" else 0
     encoded, bad = {}, {}
     for split, phase in (("train", PAIRS), ("test", EVAL)):
-        preferences, unreadable = load_preferences(config, split)
+        preferences, unreadable = module.load_preferences(config, split)
         encoded[split], unusable = encode(preferences, tokenizer, limit, full, canvas, phase)
         bad[split] = sorted([*unreadable, *unusable], key=lambda row: row.number)
         if preferences and not len(encoded[split]):

@@ -20,7 +20,7 @@ from rlhub.checkpoints.weights import save_network
 from rlhub.config.checks import check_devices
 from rlhub.config.recipe import dump_recipe, load_recipe, validate
 from rlhub.config.schema import Recipe, RopeConfig
-from rlhub.config.tasks import evaluation_task
+from rlhub.config.tasks import evaluation_task, task_kind
 from rlhub.errors import CheckpointError, RecipeError, UserError, WorkerLost
 from rlhub.files import replace_file
 from rlhub.networks.rope import extend
@@ -84,7 +84,7 @@ def _train(recipe: Recipe, console: Console | None) -> Path:
         _check_held_out(train_task, eval_task, console)
         _check_lengths(recipe, context, tokenizer, [train_task, eval_task])
     pairs = None
-    if "pairs" in recipe.run.phases or recipe.task.name == "preferences":
+    if "pairs" in recipe.run.phases or task_kind(recipe) == "preferences":
         pairs = load_pairs(recipe, tokenizer, context)
         bad = report_bad(pairs, folder / "bad_pairs.jsonl")
         if bad is not None:

@@ -19,6 +19,7 @@ from rlhub.algorithm.health import staleness
 from rlhub.algorithm.replay import TOLERANCE, choose_rollouts, gap_warning
 from rlhub.checkpoints.sealed import checkpoint_name, read_manifest, remove_old_checkpoints, sealed_checkpoints, write_manifest
 from rlhub.config.schema import AlgorithmConfig, OptimizerConfig, Recipe
+from rlhub.config.tasks import task_kind
 from rlhub.errors import UserError
 from rlhub.noise import Noise
 from rlhub.records.metrics import SpanClock, busy_union, idle_share
@@ -205,7 +206,7 @@ class Session:
         with self.span("eval"):
             if self.recipe.task.reward["name"] != "none":
                 metrics |= evaluate(self.crew, self.recipe, self.eval_task, self.tokenizer)
-            if self.recipe.task.name == "documents":
+            if task_kind(self.recipe) == "documents":
                 metrics |= evaluate_documents(self.crew, self.recipe, self.eval_task, self.tokenizer)
             if self.pairs is not None:
                 metrics |= {"data/pairs": len(self.pairs.train), "data/bad_pairs": self.pairs.num_bad}

@@ -5,6 +5,17 @@ A module here has a frozen dataclass `Config` and
     make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views
     rows_per_sample(config: Config, steps: int) -> int      forwards that one sample costs, for `rlhub plan`
 
+and may state
+
+    EXACT_ON_BLOCKS: bool       under a block-causal model its rows make the likelihood that they make under full attention. Default: False,
+                                a proxy there
+    REPLAYS: bool               it replays the denoising steps of a rollout, which preference data has not. Default: False
+    merges_steps(config) -> bool    whether rows stand for several denoising steps, so that their log-probs are not the rollout's own.
+                                Default: no
+    LOG_LIKELIHOOD: str         what `rlhub.log_likelihood` gets from it: `draws`, unbiased ones of the ELBO (it then has an option of
+                                that name), or `value`, one without error. Default: nothing, it is refused there
+    FORM: str                   the views around which `rlhub bench variance` measures. Default: elbo
+
 Draw k of sample b takes its noise from the key (uid_b, epoch, update, draw k) and from nothing else, so policy, proximal and
 reference see the same masks and the result does not depend on how the batch is cut.
 
@@ -13,8 +24,7 @@ n_y = 1 is best (VRPO, arXiv 2505.19223, Lemma 5 and Proposition 1).
 
 The profile names the mask, and the blocks of a block-causal model, which generates block after block. `elbo`, `coupled`, `supervised` and
 `all_masks` noise each block on its own and show it the blocks before clean: the sum of the blocks' ELBOs given their prefix. `trajectory`
-and `prefix` replay states. The other views mask the whole completion at once, which is a proxy there (`EXACT_ON_BLOCKS` names those that
-are none).
+and `prefix` replay states. The other views mask the whole completion at once, which is a proxy there.
 """
 
 from __future__ import annotations
@@ -31,7 +41,7 @@ from rlhub.types import Batch
 
 Levels = Literal["independent", "stratified"]
 
-EXACT_ON_BLOCKS = ("elbo", "coupled", "supervised", "all_masks", "trajectory", "prefix", "chain")
+CONTRACT = ("Config", "make(batch, credit, config, noise, update)", "rows_per_sample(config, steps)")
 
 
 def check_draws(draws: int, masks_per_level: int = 1) -> None:

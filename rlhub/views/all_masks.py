@@ -18,6 +18,9 @@ from rlhub.types import Batch, Credit, Views
 from rlhub.views import model_blocks
 from rlhub.views._rows import Row, build_views
 
+EXACT_ON_BLOCKS = True
+LOG_LIKELIHOOD = "value"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -18,6 +18,8 @@ from rlhub.views import check_draws, model_blocks
 from rlhub.views._rows import Row, build_views
 
 ORDERS = ("forward", "backward", "random")
+EXACT_ON_BLOCKS = True
+LOG_LIKELIHOOD = "value"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from rlhub.types import Batch, Credit, Views
 from rlhub.views import draw_masks
 from rlhub.views._rows import Row, build_views
 
+EXACT_ON_BLOCKS = True
+LOG_LIKELIHOOD = "draws"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -15,6 +15,8 @@ from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views._rows import Row, build_views
 
+EXACT_ON_BLOCKS = True
+
 
 @dataclass(frozen=True)
 class Config:

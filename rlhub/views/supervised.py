@@ -27,6 +27,7 @@ from rlhub.views import check_draws, count_of, mask_level, model_blocks
 from rlhub.views._rows import Row, build_views
 
 NEGLIGIBLE = 1e-12  # a geometric weight below this share of the first one is left out
+EXACT_ON_BLOCKS = True
 
 
 @dataclass(frozen=True)

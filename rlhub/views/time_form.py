@@ -14,6 +14,8 @@ from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws, mask_level
 from rlhub.views._rows import Row, build_views
 
+FORM = "time_form"
+
 
 @dataclass(frozen=True)
 class Config:

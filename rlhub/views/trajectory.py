@@ -17,6 +17,9 @@ from rlhub.noise import Stream
 from rlhub.types import NEVER, Batch, Credit, Views
 from rlhub.views._rows import Row, build_views
 
+EXACT_ON_BLOCKS = True
+REPLAYS = True
+
 
 @dataclass(frozen=True)
 class Config:
@@ -60,3 +63,7 @@ def slice_starts(steps: np.ndarray, config: Config) -> np.ndarray:
 def rows_per_sample(config: Config, steps: int) -> int:
     slices = min(config.segments, steps) if config.segments else -(-steps // config.shrink)
     return min(config.top, slices) if config.top else slices
+
+
+def merges_steps(config: Config) -> bool:
+    return config.shrink > 1 or config.segments > 0

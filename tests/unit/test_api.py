@@ -182,7 +182,8 @@ def test_a_single_draw_has_no_standard_error(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"views": "elb"}, "views must be one of elbo, coupled, exact"),
+        ({"views": "full_mask"}, "views must be one of exact, all_masks, chain, coupled, elbo, got 'full_mask'"),
+        ({"views": "elb"}, "did you mean elbo"),
         ({"draws": 0}, "draws must be at least 1"),
         ({"completion": []}, "no tokens"),
         ({"completion": "3 [MASK]"}, "holds the mask token"),

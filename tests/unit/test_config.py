@@ -28,6 +28,9 @@ class Config:
     def __post_init__(self):
         if self.draws < 1:
             raise ValueError(f"draws must be at least 1, got {self.draws}")
+
+def make(batch, credit, config, noise, update): ...
+def rows_per_sample(config, steps): ...
 """
 LOCAL = "run: {runtime: local}\nlearner: {backend: torch}\n"
 

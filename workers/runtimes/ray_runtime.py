@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlhub import ROOT, SIBLINGS
 from rlhub.errors import RecipeError, WorkerLost
 from workers.runtimes.runtime import Interval, Resources
 
@@ -130,6 +132,8 @@ class RayRuntime:
         self.owns_connection = not ray.is_initialized()
         if self.owns_connection:
             options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+            if os.getcwd() != ROOT and any(PathFinder.find_spec(name, [os.getcwd()]) for name in ("rlhub", *SIBLINGS)):
+                options["runtime_env"] = {"worker_process_setup_hook": _own_packages(ROOT)}
             if "RAY_ADDRESS" not in os.environ:
                 _choose_token(keep=self.dashboard)
                 # Roles take turns on a small machine, so it may declare more CPUs than it has.
@@ -227,6 +231,23 @@ class RayRuntime:
         remove_placement_group(self.group)
         if self.owns_connection:
             ray.shutdown()
+
+
+def _own_packages(root: str) -> Callable[[], None]:
+    """What a worker process does first: it imports `rlhub` from where it lies here, and with it the way to the packages beside it.
+
+    Ray puts the current folder in front of a worker's path, where a `workers.py` of the user's may lie.
+    """
+
+    def import_rlhub() -> None:  # pickled by value, since nothing of ours can be imported before it has run
+        import sys
+
+        sys.path.insert(0, root)
+        import rlhub  # noqa: F401
+
+        sys.path.remove(root)
+
+    return import_rlhub
 
 
 def _choose_token(keep: bool) -> None:

@@ -4,5 +4,9 @@ push(receivers, version, concurrent)      send the learners' weights to every re
 refresh(receiver, version, concurrent)    send the last pushed weights to one late joiner; returns the future of its Receipt
 close()
 
+and may state `NEEDS_GPUS = True` (False by default): learners and generators must have GPUs.
+
 `concurrent` (False by default): generators receive them between two steps of the batch that they are at, instead of after it.
 """
+
+CONTRACT = ("Transport(runtime, learners, config)",)

@@ -2,6 +2,8 @@
 
 from workers.transports.collective import CollectiveTransport
 
+NEEDS_GPUS = True
+
 
 class Transport(CollectiveTransport):
     """See `workers.transports`."""

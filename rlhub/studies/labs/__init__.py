@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 Outcome = Literal["holds", "does not hold", "undecided"]
 
+CONTRACT = ("Config", "run(config, progress, out)", "KIND")
 NOT_SETTINGS = ("seeds", "parallel")  # do not change the result of an arm
 
 

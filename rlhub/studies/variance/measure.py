@@ -20,7 +20,9 @@ from rlhub.checkpoints.sealed import resolve_model_path, sealed_checkpoints
 from rlhub.checkpoints.tokenizers import load_tokenizer
 from rlhub.checkpoints.weights import load_network
 from rlhub.config.schema import Recipe
+from rlhub.config.tasks import task_kind
 from rlhub.errors import DataError, UserError
+from rlhub.parts import load_part
 from rlhub.records.progress import RunProgress
 from rlhub.studies.variance.laboratory import BUDGET, Laboratory, Setting, exact_cells, exact_laws, exact_scores, small_problem
 from rlhub.tasks.preferences import Config as PreferenceConfig
@@ -125,7 +127,7 @@ def _trained(recipe: Recipe, request: Request, console: Console) -> _Problem:
         _beta(recipe),
         request.repeats or 16,
         recipe.run.seed,
-        "time_form" if recipe.algorithm.views["name"] == "time_form" else "elbo",
+        getattr(load_part("views", recipe.algorithm.views["name"]), "FORM", "elbo"),
         recipe.learner.micro_batch_tokens,
         device,
     )
@@ -160,7 +162,7 @@ def _pairs(recipe: Recipe, request: Request, tokenizer: Any, context: int, conso
         DataError: no usable row is a pair.
     """
     if request.pairs is None:
-        if not recipe.pairs.data and recipe.task.name != "preferences":
+        if not recipe.pairs.data and task_kind(recipe) != "preferences":
             raise UserError(
                 "no pairs to measure on: give --pairs FILE.jsonl with prompt, chosen, rejected, or a recipe with preference data"
             )
