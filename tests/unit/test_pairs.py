@@ -106,6 +106,12 @@ def finished(make, tmp_path_factory) -> Path:
 # ------------------------------------------------------------------------------------------------------------------ the run
 
 
+def test_the_schedule_counts_inner_updates(make, tmp_path):
+    run = train(make(tmp_path, "run.steps=2", "algorithm.updates=3", "run.eval_every=9"), silent())
+    rates = [row["learning_rate"] for row in rows(run) if row["step"]]
+    assert rates == pytest.approx([1e-3 * (1 - 0.9 * update / 6) for update in (2, 5)])
+
+
 def test_a_run_learns_to_prefer_the_chosen_responses(finished):
     written = rows(finished)
     assert [(row["phase"], row["step"]) for row in written] == [("pairs", step) for step in range(7)]
