@@ -85,7 +85,9 @@ def test_metrics_have_every_step_and_held_out_accuracy_at_both_ends(finished: Pa
 
 def test_schedules_end_with_their_phase(finished: Path) -> None:
     """Linear to a tenth over 4 steps of SFT, with 5 steps of warm-up cut to 3, and over 4 x 2 inner updates of RL."""
-    rates = {phase: [row["learning_rate"] for row in rows(finished) if row["phase"] == phase and row["step"]] for phase in ("sft", "online")}
+    rates = {
+        phase: [row["learning_rate"] for row in rows(finished) if row["phase"] == phase and row["step"]] for phase in ("sft", "online")
+    }
     assert rates["online"] == pytest.approx([1e-3 * (1 - 0.9 * (2 * step - 1) / 8) for step in range(1, 5)])
     peak = SFTConfig().optimizer.learning_rate
     assert rates["sft"] == pytest.approx([peak * factor for factor in (0.25, 0.5, 0.75, 1)])
