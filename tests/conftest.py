@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -66,6 +66,14 @@ def slow(prompt, completion, row):
     time.sleep(0.05)
     return ascending(prompt, completion, row)
 '''
+
+
+@pytest.fixture(scope="module")
+def quick_report() -> Iterator[None]:
+    """No report at the end of runs: reports have tests of their own, and plots take longer than the runs of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
+        yield
 
 
 @pytest.fixture(scope="session")

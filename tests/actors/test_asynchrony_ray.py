@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import secrets
@@ -14,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import ray
-from rich.console import Console
+from helpers import rows, silent
 
 from rlhub.config.schema import Recipe
-from rlhub.records.metrics import read_metrics, without_clocks
+from rlhub.records.metrics import read_metrics
 from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.training.run import train
+
+pytestmark = pytest.mark.usefixtures("quick_report")
 
 STALE = ("run.phases=[online]", "algorithm.max_staleness=1", "algorithm.correction=none", "algorithm.updates=1")
 ACTORS = ("run.runtime=ray", "roles.generators=2")
@@ -31,20 +32,6 @@ def cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=12, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports have tests of their own, and plots take longer than these runs."""
-    monkeypatch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
-
-
-def silent() -> Console:
-    return Console(file=io.StringIO(), width=200)
-
-
-def rows(run: Path) -> list[dict]:
-    return [without_clocks(row) for row in read_metrics(run / "metrics.jsonl")]
 
 
 def test_batches_ahead_are_those_of_one_process(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from helpers import distance
 from safetensors.torch import load_file, save_file
 
 from rlhub.algorithm.batching import make_batch
@@ -201,10 +202,6 @@ def reference_learner(root: Path, name: str, case: Case, steps: int) -> tuple[Le
     begin(learner, case)
     metrics = [learner.step(graded_batch(learner)) for _ in range(steps)]
     return learner, metrics[0]
-
-
-def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    return sum(float((one[name].double() - other[name].double()).square().sum()) for name in one) ** 0.5
 
 
 def size(tensors: dict[str, torch.Tensor]) -> float:

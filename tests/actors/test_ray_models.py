@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from helpers import distance, rows
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -27,10 +28,12 @@ from rlhub.evals.checkpoint import evaluate_checkpoint
 from rlhub.networks.layout import pack_layout
 from rlhub.networks.lora import training_state
 from rlhub.parts import load_part
-from rlhub.records.metrics import read_metrics, without_clocks
+from rlhub.records.metrics import read_metrics
 from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.tasks import task_tokenizer
 from rlhub.training.run import train
+
+pytestmark = pytest.mark.usefixtures("quick_report")
 
 TEAM = ("run.runtime=ray", "learner.backend=deepspeed", "roles.generators=2", "roles.learners=2")
 SHORT = ("run.phases=[online]", "run.steps=3", "run.checkpoint_every=1", "run.eval_every=3", "roles.scorers=0")
@@ -52,14 +55,6 @@ def cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_report() -> Iterator[None]:
-    """Reports have tests of their own, and plots take longer than these runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +82,6 @@ def base(folder: Path, family: str) -> torch.nn.Module:
 def weights(run: Path, folder: str = f"checkpoints/{LAST}/hf") -> dict[str, torch.Tensor]:
     (file,) = (run / folder).glob("*.safetensors")
     return load_file(file)
-
-
-def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    return sum(float((one[name].double() - other[name].double()).square().sum()) for name in one) ** 0.5
-
-
-def rows(run: Path) -> list[dict]:
-    return [without_clocks(row) for row in read_metrics(run / "metrics.jsonl")]
 
 
 def tokens(run: Path, step: int) -> list[dict]:

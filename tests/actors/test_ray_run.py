@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import secrets
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from rich.console import Console
+from helpers import distance, rows, silent, weights
 from safetensors.torch import load_file
 
 import rlhub
@@ -32,7 +31,7 @@ from rlhub.errors import RecipeError, SyncError, UserError, WorkerLost
 from rlhub.evals.checkpoint import evaluate_checkpoint
 from rlhub.noise import ONLINE, Noise
 from rlhub.parts import load_part
-from rlhub.records.metrics import read_metrics, without_clocks
+from rlhub.records.metrics import read_metrics
 from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.training.rollouts import issue
@@ -45,6 +44,8 @@ from workers.runtimes.runtime import Resources
 from workers.sync import buckets_of, load_buckets, receipt_of
 from workers.transports.gloo import Transport as Gloo
 from workers.transports.object_store import Transport as ObjectStore
+
+pytestmark = pytest.mark.usefixtures("quick_report")
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test file
 ACTORS = ("run.runtime=ray", "learner.backend=deepspeed")
@@ -60,12 +61,6 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(autouse=True)
-def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports have tests of their own, and plots take longer than these runs."""
-    monkeypatch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
-
-
 @pytest.fixture(scope="module")
 def local_run(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tiny(f"run.output_dir={tmp_path_factory.mktemp('local')}"), silent())
@@ -74,22 +69,6 @@ def local_run(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def ray_run(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tiny(f"run.output_dir={tmp_path_factory.mktemp('ray')}", *TEAM), silent())
-
-
-def silent() -> Console:
-    return Console(file=io.StringIO(), width=200)
-
-
-def rows(run: Path) -> list[dict]:
-    return [without_clocks(row) for row in read_metrics(run / "metrics.jsonl")]
-
-
-def weights(run: Path, checkpoint: str = "step_00004") -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / checkpoint / "hf" / "model.safetensors")
-
-
-def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    return sum(float((one[name].double() - other[name].double()).square().sum()) for name in one) ** 0.5
 
 
 def samples(run: Path, step: int) -> list[dict]:

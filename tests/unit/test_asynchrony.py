@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,168 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
+from fakes import InTurn
+from helpers import rows, silent
 
 from rlhub.config.schema import Recipe, SamplerConfig
-from rlhub.errors import DataError, RecipeError, SyncError, WorkerHung, WorkerLost
+from rlhub.errors import RecipeError, SyncError
 from rlhub.planning.plan import format_plan, make_plan
-from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.training.rollouts import Issued, RolloutQueue
 from rlhub.training.run import train
 from rlhub.types import Request, Rollout
 from workers.generator import StaleWeights
-from workers.runtimes.runtime import LocalFuture, LocalHandle, LocalRuntime, Resources
+from workers.runtimes.runtime import Resources
 from workers.supervisor import Pool
 
-
-@pytest.fixture(autouse=True)
-def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports have tests of their own, and plots take longer than these runs."""
-    monkeypatch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
-
-
-# ------------------------------------------------------------------------------------------------- calls that wait their turn
-
-
-class InTurn(LocalRuntime):
-    """Calls of a worker run in their order, one at each look at them. A worker that dies takes its calls with it and is back at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.queues: dict[str, list[tuple[LocalFuture, Callable[[], Any]]]] = {}
-        self.restarted: list[str] = []
-
-    def submit(self, handle: LocalHandle, method: str, *args: Any, concurrent: bool = False) -> LocalFuture:
-        future = LocalFuture()
-        self.queues.setdefault(handle.name, []).append((future, lambda: getattr(handle.worker, method)(*args)))
-        return future
-
-    def wait(self, futures: list[LocalFuture], timeout: float | None) -> list[LocalFuture]:
-        for name, queue in self.queues.items():
-            if queue and queue[0][0] in futures:
-                self._run_first(name)
-        return [future for future in futures if not self._is_waiting(future)]
-
-    def _run_first(self, name: str) -> None:
-        future, call = self.queues[name].pop(0)
-        try:
-            future.value = call()
-        except WorkerLost as error:
-            for dead, _ in [(future, None), *self.queues[name]]:
-                dead.error = error
-            self.queues[name] = []
-        except Exception as error:
-            future.error = error
-
-    def _is_waiting(self, future: LocalFuture) -> bool:
-        return any(future is other for queue in self.queues.values() for other, _ in queue)
-
-    def restart(self, handle: LocalHandle) -> None:
-        self.restarted.append(handle.name)
-        self.queues[handle.name] = []
-
-
-class Scripted:
-    """Answers, or fails as its script says; the calls of all are in one list."""
-
-    def __init__(self, label: str, calls: list, script: list) -> None:
-        self.label, self.calls, self.script = label, calls, script
-
-    def work(self, piece: str) -> str:
-        self.calls.append((self.label, piece))
-        failure = self.script.pop(0) if self.script else None
-        if failure is not None:
-            raise failure
-        return piece.upper()
-
-
-def pool_of(*scripts: list, runtime: LocalRuntime | None = None, **options: Any) -> tuple[Pool, list]:
-    runtime, calls = runtime or InTurn(), []
-    handles = [
-        runtime.spawn(f"worker-{index}", Scripted, Resources(), label=f"worker-{index}", calls=calls, script=list(script))
-        for index, script in enumerate(scripts)
-    ]
-    return Pool(runtime, handles, **options), calls
-
-
-def pieces(text: str) -> list[tuple[str]]:
-    return [(letter,) for letter in text]
-
-
-def test_work_in_the_background_is_handed_out_at_once_and_done_in_order() -> None:
-    pool, calls = pool_of([], [])
-    works = [pool.begin("work", pieces(text)) for text in ("ab", "cd", "ef")]
-    assert calls == [] and [len(queue) for queue in pool.runtime.queues.values()] == [3, 3], "each worker has a piece of each"
-    assert pool.collect(works[1]) == ["C", "D"], "in any order"
-    assert [piece for name, piece in calls if name == "worker-0"][:2] == ["a", "c"]
-    assert pool.collect(works[0]) == ["A", "B"] and pool.collect(works[2]) == ["E", "F"]
-    assert sorted(piece for _, piece in calls) == list("abcdef")
-
-
-def test_settling_waits_for_everything_and_keeps_results() -> None:
-    pool, calls = pool_of([], [])
-    works = [pool.begin("work", pieces(text)) for text in ("abc", "d")]
-    pool.settle()
-    assert len(calls) == 4 and [pool.collect(work) for work in works] == [["A", "B", "C"], ["D"]]
-    pool.settle()
-    assert pool.collect(pool.begin("work", [])) == []
-
-
-def test_a_lost_worker_returns_the_calls_of_all_its_works_and_only_what_it_ran_was_tried() -> None:
-    failures = [WorkerLost("killed")] * 3
-    pool, calls = pool_of(failures, attempts=2)
-    works = [
-        pool.begin("work", pieces("a"), lambda index, error: "gave up"),
-        pool.begin("work", pieces("b")),
-        pool.begin("work", pieces("c")),
-    ]
-    assert pool.collect(works[0]) == ["gave up"], "killed its worker twice"
-    assert [pool.collect(work) for work in works[1:]] == [["B"], ["C"]], "b killed it once, c waited behind both"
-    assert [piece for _, piece in calls] == ["a", "a", "b", "b", "c"] and pool.num_lost == 3
-
-
-def test_the_other_worker_takes_over_what_was_in_flight() -> None:
-    pool, calls = pool_of([WorkerLost("killed")], [])
-    pool.runtime.ping = lambda handle: pool.runtime.submit(SimpleNamespace(name="rebuilding", worker=Gone()), "answer")
-    works = [pool.begin("work", pieces("ab")), pool.begin("work", pieces("cd"))]
-    assert [pool.collect(work) for work in works] == [["A", "B"], ["C", "D"]]
-    assert [name for name, _ in calls].count("worker-0") == 1 and pool.num_lost == 1
-
-
-class Gone:
-    def answer(self) -> None:
-        raise WorkerLost("still being rebuilt")
-
-
-def test_an_error_waits_for_whoever_collects_its_work() -> None:
-    pool, _ = pool_of([DataError("row 7 is bad")])
-    bad, good = pool.begin("work", pieces("ab")), pool.begin("work", pieces("c"))
-    assert pool.collect(good) == ["C"]
-    with pytest.raises(DataError, match="row 7"):
-        pool.collect(bad)
-    assert pool.map("work", pieces("d")) == ["D"]
-
-
-def test_time_spent_behind_other_calls_does_not_count_as_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("workers.supervisor.time.monotonic", lambda: clock.now)
-
-    class Slow(InTurn):
-        """A call takes six looks of one second."""
-
-        looks = 0
-
-        def wait(self, futures: list, timeout: float | None) -> list:
-            clock.now, self.looks = clock.now + 1, self.looks + 1
-            return super().wait(futures, timeout) if self.looks % 6 == 0 else []
-
-    pool, calls = pool_of([], runtime=Slow(), deadline=8.0)
-    works = [pool.begin("work", pieces(text)) for text in "abcd"]
-    assert [pool.collect(work) for work in works] == [["A"], ["B"], ["C"], ["D"]] and pool.runtime.restarted == [] and len(calls) == 4
-    pool, _ = pool_of([], runtime=Slow(), deadline=4.0, attempts=1)
-    with pytest.raises(WorkerHung, match="hung for more than 4 s"):
-        pool.map("work", pieces("a"))
+pytestmark = pytest.mark.usefixtures("quick_report")
 
 
 # ------------------------------------------------------------------------------------------------- weights of each batch
@@ -182,7 +34,7 @@ class Versioned:
     """A generator that remembers by which weights it generated what."""
 
     def __init__(self, calls: list) -> None:
-        self.calls, self.version, self.lag = calls, 0, 0
+        self.calls, self.version, self.lags = calls, 0, (0, 0)
 
     def adopt(self, version: int) -> None:
         self.version = version
@@ -191,7 +43,7 @@ class Versioned:
         if self.version < version:
             raise StaleWeights("old")
         self.calls.append((requests[0].uid, self.version))
-        zeros, versions = np.zeros(2, np.float32), np.full(2, self.version - self.lag, np.int32)
+        zeros, versions = np.zeros(2, np.float32), self.version - np.array(self.lags, np.int32)
         return [
             Rollout(
                 one.uid, one.group_uid, one.prompt_ids, np.zeros(2, np.int32), 2, np.arange(2, dtype=np.int16), zeros, zeros, versions, 2
@@ -246,9 +98,11 @@ def test_a_rebuilt_generator_serves_batches_in_flight_with_the_weights_of_now() 
     assert queue.batch(2)[1][0].policy_version.tolist() == [1, 1] and calls == [(1, 0), (2, 1)]
 
 
-def test_rollouts_that_are_too_old_are_never_trained_on() -> None:
+@pytest.mark.parametrize("lags", [(2, 2), (2, 0), (0, 2)])
+def test_rollouts_that_are_too_old_are_never_trained_on(lags: tuple[int, int]) -> None:
+    """One token is enough."""
     queue, crew, _ = pipeline(1, 3)
-    crew.generators.handles[0].worker.lag = 2
+    crew.generators.handles[0].worker.lags = lags
     with pytest.raises(SyncError, match=r"step 1: rollout 1 was generated by weights 2 versions old, but max_staleness is 1"):
         queue.batch(1)
 
@@ -274,23 +128,13 @@ EXACT = (
 TRAJECTORY = (*TOKENS, "sampler.name=random", "algorithm.views={name: trajectory}", "algorithm.likelihood={name: trajectory}")
 
 
-def silent() -> Console:
-    return Console(file=io.StringIO(), width=200)
-
-
-def rows(run: Path) -> list[dict]:
-    return [without_clocks(row) for row in read_metrics(run / "metrics.jsonl")]
-
-
 def column(run: Path, key: str) -> list[float | None]:
     return [row.get(key) for row in rows(run)[1:]]
 
 
 @pytest.fixture(scope="module")
-def stale_run(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
-        return train(tiny(f"run.output_dir={tmp_path_factory.mktemp('stale')}", *STALE), silent())
+def stale_run(tiny: Callable[..., Recipe], quick_report: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny(f"run.output_dir={tmp_path_factory.mktemp('stale')}", *STALE), silent())
 
 
 def test_staleness_grows_to_its_bound_and_is_logged(stale_run: Path) -> None:

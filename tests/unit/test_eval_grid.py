@@ -22,11 +22,9 @@ GRID = ["sampler.name=random,threshold", "sampler.steps=2,4", "sampler.early_sto
 
 
 @pytest.fixture(scope="module")
-def run_dir(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(tiny: Callable[..., Recipe], quick_report: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
-        return train(tiny(f"run.output_dir={folder}", "run.phases=[sft]", "sft.steps=1", grader="picky"))
+    return train(tiny(f"run.output_dir={folder}", "run.phases=[sft]", "sft.steps=1", grader="picky"))
 
 
 def evaluate(*arguments: object) -> Result:

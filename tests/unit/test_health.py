@@ -1,11 +1,13 @@
 """Health statistics against values worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from rlhub.algorithm.compose import Algorithm
-from rlhub.algorithm.health import health_metrics, rollout_metrics
+from rlhub.algorithm.health import health_metrics, rollout_metrics, staleness, staleness_metrics
 from rlhub.config.schema import AlgorithmConfig
 from rlhub.types import NEVER, Batch, Credit, LogLikelihood, RewardResult, Rollout, Scores
 
@@ -97,3 +99,12 @@ def test_rollout_metrics_count_floods_early_ends_and_failed_grades():
     assert metrics["reward/invalid_share"] == 0.25
     assert metrics["reward/correct_share"] == 0.25
     assert (metrics["eos/flood_rate"], metrics["eos/early_rate"], metrics["eos/missing_rate"]) == (0.25, 0.5, 0.25)
+
+
+def test_a_rollout_is_as_old_as_its_oldest_token():
+    versions = [[4, 4, 4, 4], [2, 3, 4, 4], [4, 4, 1, 4], [5, 5, 5, 5]]
+    grade = RewardResult(0.0)
+    rollouts = [replace(rollout([1] * 4, 4, grade), policy_version=np.array(row, dtype=np.int32)) for row in versions]
+    assert staleness(rollouts, 5).tolist() == [1, 3, 4, 0]
+    metrics = staleness_metrics(rollouts, 5)
+    assert metrics == {"async/staleness_mean": 2.0, "async/staleness_max": 4.0, "async/mixed_share": 0.5}

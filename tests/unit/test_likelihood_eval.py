@@ -19,7 +19,7 @@ from rlhub.checkpoints.weights import save_network
 from rlhub.commands.main import main
 from rlhub.errors import DataError, UserError
 from rlhub.evals import likelihood as likelihood_eval
-from rlhub.evals.likelihood import Config, Item, evaluate_choices, parse_choices, read_items, score_items, summarize
+from rlhub.evals.likelihood import Config, Item, evaluate_choices, normalized, parse_choices, read_items, score_items, summarize
 from rlhub.models import sdar
 from rlhub.models.llada import Config as LLaDAConfig
 from rlhub.models.llada import LLaDA
@@ -218,13 +218,17 @@ def test_a_model_that_knows_the_answer_is_right_and_chance_is_not(method):
 
 def test_normalisations_by_hand():
     row = {"scores": [-6.0, -8.0, -9.0], "num_tokens": [1, 2, 3], "num_bytes": [4, 10, 3], "num_forwards": 5}
-    results = [{**row, "answer": 0}, {**row, "answer": 2}, {**row, "answer": 1}, {**row, "answer": 1}]
+    results = [{**row, "answer": answer} for answer in (2, 2, 1, 2, 1, 0, 2)]
     summary = summarize(results, Config(path="x", normalize="byte"))
-    assert summary["likelihood/accuracy_sum"] == 0.25, "-6 is the largest"
-    assert summary["likelihood/accuracy_token"] == 0.25, "-9 / 3 is"
-    assert summary["likelihood/accuracy_byte"] == summary["likelihood/accuracy"] == 0.5, "-8 / 10 is"
-    assert summary["likelihood/standard_error"] == pytest.approx(math.sqrt(0.25 / 3))
-    assert summary["likelihood/num_forwards"] == 20
+    assert summary["likelihood/accuracy_sum"] == 1 / 7, "-6 is the largest"
+    assert summary["likelihood/accuracy_token"] == 4 / 7, "-9 / 3 is"
+    assert summary["likelihood/accuracy_byte"] == summary["likelihood/accuracy"] == 2 / 7, "-8 / 10 is"
+    for name, values in {"sum": [-6, -8, -9], "token": [-6, -4, -3], "byte": [-1.5, -0.8, -3]}.items():
+        assert normalized(row, name).tolist() == values
+        assert summarize(results, Config(path="x", normalize=name))["likelihood/accuracy"] == summary[f"likelihood/accuracy_{name}"]
+    assert normalized(row | {"num_bytes": [0, 10, 3]}, "byte")[0] == -6, "a choice of no text counts as one byte"
+    assert summary["likelihood/standard_error"] == pytest.approx(math.sqrt(2 / 7 * 5 / 7 / 6))
+    assert summary["likelihood/num_forwards"] == 35
 
 
 # -------------------------------------------------------------------------------------------------------------- data

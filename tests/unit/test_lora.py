@@ -26,6 +26,8 @@ from rlhub.parts import load_part, part_names
 from rlhub.records.metrics import read_metrics
 from rlhub.training.run import train
 
+pytestmark = pytest.mark.usefixtures("quick_report")
+
 FAMILIES = [name for name in part_names("models") if hasattr(load_part("models", name), "TINY")]
 RANK, ALPHA = 2, 6.0
 
@@ -207,17 +209,10 @@ def test_recipes_that_make_no_sense_are_refused(overrides, wanted, tiny):
 # ---------------------------------------------------------------------------------------------------------------- training
 
 
-@pytest.fixture(autouse=True)
-def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
-
-
 @pytest.fixture(scope="module")
 def trained(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SFT and ESPO of adapters, with the base as the reference and no scorer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
-        return train(recipe_of(tiny, tmp_path_factory.mktemp("lora")), Console(file=io.StringIO()))
+    return train(recipe_of(tiny, tmp_path_factory.mktemp("lora")), Console(file=io.StringIO()))
 
 
 def recipe_of(tiny: Callable[..., Recipe], output: Path, *more: str) -> Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import shutil
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
+from helpers import rows, silent
 from safetensors.torch import load_file
 
 from rlhub.algorithm.batching import micro_batches
@@ -26,7 +25,6 @@ from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, RecipeError
 from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
-from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.training.pair_sampling import best_and_worst, sample_pairs
 from rlhub.training.run import train
 
@@ -46,9 +44,7 @@ learner: {backend: torch, micro_batch_tokens: 256, optimizer: {learning_rate: 1.
 """
 
 
-@pytest.fixture(autouse=True)
-def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
+pytestmark = pytest.mark.usefixtures("quick_report")
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +75,6 @@ def digit_pairs(count: int = 32) -> list[dict]:
     return rows
 
 
-def silent() -> Console:
-    return Console(file=io.StringIO(), width=200)
-
-
-def rows(run: Path) -> list[dict]:
-    return read_metrics(run / "metrics.jsonl")
-
-
-def deterministic(run: Path) -> list[dict]:
-    return [without_clocks(row) for row in rows(run)]
-
-
 def final_weights(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"pairs_step_{step:05d}" / "hf" / "model.safetensors")
 
@@ -105,6 +89,12 @@ def finished(make, tmp_path_factory) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------------------------ the run
+
+
+def test_the_schedule_counts_inner_updates(make, tmp_path):
+    run = train(make(tmp_path, "run.steps=2", "algorithm.updates=3", "run.eval_every=9"), silent())
+    rates = [row["learning_rate"] for row in rows(run) if row["step"]]
+    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * update / 6)) / 2 for update in (2, 5)]), "VRPO's is a cosine"
 
 
 def test_a_run_learns_to_prefer_the_chosen_responses(finished):
@@ -130,7 +120,7 @@ def test_without_sharing_the_score_is_noise(make, tmp_path):
 
 def test_cached_and_live_references_train_the_same_model(make, finished, tmp_path):
     live = train(make(tmp_path, "pairs.reference_cache=none"), silent())
-    assert deterministic(live) == deterministic(finished)
+    assert rows(live) == rows(finished)
     assert same_weights(final_weights(live), final_weights(finished))
 
 
@@ -153,7 +143,7 @@ def test_a_killed_run_ends_as_if_it_never_was(make, finished, tmp_path, checkpoi
     lines = (killed / "metrics.jsonl").read_text().splitlines()
     (killed / "metrics.jsonl").write_text("\n".join(lines[:-1]) + '\n{"phase": "pa')
     assert train(make(tmp_path), silent()) == killed
-    assert deterministic(killed) == deterministic(finished)
+    assert rows(killed) == rows(finished)
     assert same_weights(final_weights(killed), final_weights(finished))
 
 

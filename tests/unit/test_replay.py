@@ -25,6 +25,8 @@ from rlhub.types import NEVER, Request, Rollout
 from workers.generator import Generator
 from workers.learner import Learner
 
+pytestmark = pytest.mark.usefixtures("quick_report")
+
 LENGTH = 8
 
 
@@ -136,11 +138,6 @@ def test_approximate_rollouts_are_left_out_and_turns_are_taken(learner: Learner)
     assert len(choose_rollouts(made, 99, 1)) == len(made)
     chosen = [rollout.uid for step in range(3) for rollout in choose_rollouts(made, 2, step)]
     assert sorted(chosen) == [rollout.uid for rollout in made]
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
 
 
 def run(tiny: Callable[..., Recipe], folder: Path, *overrides: str) -> tuple[list[dict], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from rlhub.algorithm.compose import Algorithm, LogProbs
+from rlhub.algorithm.pairs import Pairs
 from rlhub.checkpoints.weights import save_network
 from rlhub.config.schema import AlgorithmConfig, SFTConfig
 from rlhub.errors import DataError, RecipeError
@@ -18,13 +20,25 @@ from rlhub.models import dream, llada
 from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.records.metrics import read_metrics
+from rlhub.tasks import load_task, task_tokenizer
+from rlhub.tasks._vocabulary import word_level
+from rlhub.training.documents import PackedDocuments
 from rlhub.training.run import train
-from rlhub.training.supervised import cut_at_random, family_weight, supervised_algorithm, supervised_batch, whole_sequences, with_ending
+from rlhub.training.supervised import (
+    cut_at_random,
+    demonstration_batch,
+    family_weight,
+    supervised_algorithm,
+    supervised_batch,
+    whole_sequences,
+    with_ending,
+)
 from rlhub.types import Batch
 from rlhub.views import elbo, supervised
 
 MASK, EOS = 30, 31
 PROFILE = Profile(mask_id=MASK, eos_id=EOS, stop_ids=(EOS,), pad_id=EOS, lora_targets="")
+ALONE = ["run.phases=[sft]", "task.reward={name: none}", "roles={generators: 0, scorers: 0, reward_workers: 0}"]
 P = 0.3  # Dream's
 
 
@@ -244,9 +258,66 @@ def test_auto_is_the_familys_weight(tmp_path):
     assert supervised_algorithm(SFTConfig(loss_weight="plain"), "cart").views["loss_weight"] == "plain"
 
 
-# -------------------------------------------------------------------------------------------------------------- runs
+# -------------------------------------------------------------------------------------------------------------- steps
 
-ALONE = ["run.phases=[sft]", "task.reward={name: none}", "roles={generators: 0, scorers: 0, reward_workers: 0}"]
+
+def hidden_of(batch: Batch) -> list[list[int]]:
+    """Places that are hidden in each sample of a batch."""
+    algorithm = Algorithm.compose(supervised_algorithm(SFTConfig(), "inverse_t"))
+    views = algorithm.make_views(batch, algorithm.credit(batch), Noise(0), 0)
+    return [views.score_token[views.score_sample == sample].tolist() for sample in range(len(batch))]
+
+
+def demonstrations(tiny, tmp_path):
+    """`batch(step)` of two demonstrations that are the only data, with the tokenizer."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": "1 2", "completion": text}) + "\n" for text in ("3 4 5", "6")))
+    overrides = ["task.name=jsonl", f"task.train={{path: {tmp_path}/rows.jsonl, completion: completion}}", "sampler.length=16"]
+    recipe = tiny(*ALONE, *overrides, "sampler.block_length=4", "sft.batch_size=2")
+    tokenizer = word_level([str(digit) for digit in range(10)])
+    task = load_task("jsonl", recipe.task.train, "train", 0)
+    return lambda step: demonstration_batch(task, tokenizer, recipe, step), tokenizer
+
+
+def test_the_same_demonstration_is_hidden_otherwise_in_every_step(tiny, tmp_path):
+    batch, _ = demonstrations(tiny, tmp_path)
+    steps = [batch(step) for step in range(1, 21)]
+    assert all(np.array_equal(sorted(map(tuple, one.completions)), sorted(map(tuple, steps[0].completions))) for one in steps)
+    assert len({uid for one in steps for uid in one.uid.tolist()}) == 40, "no two share their noise"
+    hidden = [tuple(row) for one in steps for row in hidden_of(one)]
+    assert len(set(hidden)) > 30
+    assert hidden_of(batch(7)) == hidden_of(steps[6]), "a resumed step is the same"
+
+
+def test_the_same_document_is_hidden_otherwise_in_every_step():
+    packed = PackedDocuments([np.arange(16, dtype=np.int32)], "direct", 16, eos_id=EOS, mask_id=MASK, noise=Noise(0))
+    hidden = [tuple(row) for step in range(1, 21) for row in hidden_of(packed.batch(step, 2))]
+    assert len(set(hidden)) > 30
+
+
+def test_the_same_chosen_response_is_hidden_otherwise_in_every_epoch():
+    response = np.arange(16, dtype=np.int32)
+    pairs = Pairs(np.arange(2), [response[:2]] * 2, [(response, response)] * 2, np.array([[1.0, 0.0]] * 2), MASK, EOS)
+    hidden = [tuple(row) for epoch in range(20) for row in hidden_of(pairs.demonstrations().batch([0, 1], epoch))]
+    assert len(set(hidden)) > 30
+
+
+def test_the_first_eos_is_a_part_of_a_demonstration(tiny, tmp_path):
+    batch, tokenizer = demonstrations(tiny, tmp_path)
+    one = batch(1)
+    eos = tokenizer.eos_token_id
+    for length, completion in zip(one.length, one.completions, strict=True):
+        assert completion.tolist().index(eos) == length - 1 and (completion[length - 1 :] == eos).all() and len(completion) == 16
+    assert sorted(one.length.tolist()) == [2, 4] and one.span.tolist() == [16, 16]
+    assert sorted(with_ending(one, "first", eos, 16).span.tolist()) == [2, 4], "so supervised training learns to end"
+
+
+def test_a_demonstration_that_fills_the_canvas_has_no_eos(tiny):
+    recipe = tiny(*ALONE, "algorithm.length=response")
+    batch = demonstration_batch(load_task("sort", recipe.task.train, "train", 0), task_tokenizer("sort", {}), recipe, 1)
+    assert batch.length.tolist() == batch.span.tolist() == [4] * 8 and {len(one) for one in batch.completions} == {4}
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
 
 
 def learned(tiny, tmp_path, *overrides: str) -> list[dict]:

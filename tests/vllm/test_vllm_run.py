@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import secrets
@@ -14,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import ray
-from rich.console import Console
+from helpers import rows, silent
 
 from rlhub.config.schema import Recipe
-from rlhub.records.metrics import read_metrics, without_clocks
+from rlhub.records.metrics import read_metrics
 from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.training.run import train
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("quick_report")]
 
 # Heads of 32 dimensions, the smallest of vLLM's CPU attention.
 MODEL = "model.config={d_model: 64, n_layers: 2, n_heads: 2, mlp_hidden_size: 64, max_sequence_length: 32}"
@@ -35,28 +34,13 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(autouse=True)
-def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
-
-
-def silent() -> Console:
-    return Console(file=io.StringIO(), width=200)
-
-
 def samples(run: Path, step: int) -> list[dict]:
     return [{key: value for key, value in sample.items() if key != "logp"} for sample in read_rollouts(rollout_path(run, step))]
 
 
-def rows(run: Path) -> list[dict]:
-    return [without_clocks(row) for row in read_metrics(run / "metrics.jsonl")]
-
-
 @pytest.fixture(scope="module")
 def torch_run(tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhub.training.run.write_report", lambda folders: folders[0] / "report.html")
-        return train(tiny(f"run.output_dir={tmp_path_factory.mktemp('torch')}", MODEL), silent())
+    return train(tiny(f"run.output_dir={tmp_path_factory.mktemp('torch')}", MODEL), silent())
 
 
 def test_the_same_tokens_and_learning_as_the_torch_engine(tiny: Callable[..., Recipe], torch_run: Path, tmp_path: Path) -> None:
