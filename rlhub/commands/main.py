@@ -22,6 +22,7 @@ from rlhub.commands.reward import reward
 from rlhub.commands.sample import sample
 from rlhub.commands.train import train
 from rlhub.errors import UserError
+from rlhub.extras import EXTRAS, not_installed
 
 
 class OneLineErrors(click.Group):
@@ -40,6 +41,10 @@ class OneLineErrors(click.Group):
         except UserError as error:
             # Ray hands on an error of a worker with the worker's traceback in its text; the cause is the error itself.
             fail(str(vars(error).get("cause", error)))
+        except ModuleNotFoundError as error:
+            if error.name not in EXTRAS:
+                raise
+            fail(not_installed(error.name))
         except (KeyboardInterrupt, click.Abort):
             click.echo("stopped", err=True)
             sys.exit(INTERRUPTED)
