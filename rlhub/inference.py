@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhub.algorithm.scoring import token_log_probs
 from rlhub.checkpoints.sealed import resolve_model_path
-from rlhub.checkpoints.tokenizers import encode_prompts, load_tokenizer
+from rlhub.checkpoints.tokenizers import decode, encode_prompts, load_tokenizer
 from rlhub.checkpoints.weights import load_network
 from rlhub.config.checks import check_sampler
 from rlhub.config.schema import SamplerConfig
@@ -35,10 +35,19 @@ TOKENS_AT_ONCE = 4096  # rows are scored in groups of about this many tokens
 
 
 class Model:
-    """A network with its tokenizer, which is read when first asked for: token ids work without one."""
+    """A network with its tokenizer, which is read when first asked for: token ids work without one.
 
-    def __init__(self, network: torch.nn.Module, path: Path, device: torch.device | str = "cpu") -> None:
+    Attributes:
+        network: the family's `torch.nn.Module`; its parameters are what an optimizer takes.
+        path: the folder that it was loaded from, None for one of random weights.
+    """
+
+    def __init__(
+        self, network: torch.nn.Module, path: Path | None = None, device: torch.device | str = "cpu", tokenizer: Any = None
+    ) -> None:
         self.network, self.path, self.device = network.to(device), path, torch.device(device)
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -57,13 +66,28 @@ class Model:
     def eos_id(self) -> int:
         return self.network.eos_id
 
-    @torch.no_grad()
-    def logits(self, tokens: Tensor | np.ndarray | Sequence[Sequence[int]]) -> Tensor:
-        """Token ids [B, L] -> logits [B, L, V]; position i scores token i for every family."""
+    def logits(self, tokens: Tensor | np.ndarray | Sequence[Sequence[int]], gradient: bool = False) -> Tensor:
+        """Token ids [B, L] -> logits [B, L, V]; position i scores token i for every family.
+
+        Args:
+            gradient: keep the graph, so that a loss of yours can go back through it; `token_log_probs` needs far less memory.
+        """
         tokens = torch.as_tensor(tokens, device=self.device)
         rows, length = tokens.shape
-        hidden = self.network.denoise(tokens.flatten(), to_device(pack_layout([length] * rows), self.device))
-        return self.network.head(hidden, torch.arange(rows * length, device=self.device)).view(rows, length, -1)
+        with torch.set_grad_enabled(gradient):
+            hidden = self.network.denoise(tokens.flatten(), to_device(pack_layout([length] * rows), self.device))
+            return self.network.head(hidden, torch.arange(rows * length, device=self.device)).view(rows, length, -1)
+
+    def decode(self, rollout: Rollout) -> str:
+        """The text of a completion, through its first EOS."""
+        return decode(self.tokenizer, rollout.completion_ids)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write weights and tokenizer in the Hugging Face layout of the family, as `load_model` reads them; returns the folder."""
+        from rlhub.checkpoints.weights import save_network
+
+        save_network(self.network, Path(folder), vars(self).get("tokenizer"))
+        return Path(folder)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> Model:
@@ -136,7 +160,7 @@ def generate_with(model: Model, prompts: Sequence[Prompt], settings: SamplerConf
     if isinstance(prompts, str):
         raise UserError("prompts is one text; give a list of prompts")
     check_sampler(settings)
-    requests = [Request(uid=row, group_uid=row, prompt_ids=ids) for row, ids in enumerate(_prompt_ids(model, prompts))]
+    requests = [Request(uid=row, group_uid=row, prompt_ids=ids) for row, ids in enumerate(prompt_token_ids(model, prompts))]
     engine = Engine(model.network, model.device)
     done = itertools.count(1)
     with RunProgress(enabled=progress) as bar:
@@ -191,8 +215,8 @@ def log_likelihood(
         raise UserError(f"views must be one of exact, {', '.join(fitting)}, got {views!r}")
     if draws < 1:
         raise UserError(f"draws must be at least 1, got {draws}")
-    (prompt_ids,) = _prompt_ids(model, [prompt])
-    ids = _completion_ids(model, completion)
+    (prompt_ids,) = prompt_token_ids(model, [prompt])
+    ids = completion_token_ids(model, completion)
     if len(prompt_ids) + len(ids) > model.network.max_length:
         raise UserError(f"{len(prompt_ids)} + {len(ids)} prompt and completion tokens, the model's context is {model.network.max_length}")
     if not 0 <= guidance < math.inf:
@@ -211,14 +235,14 @@ def log_likelihood(
     return Estimate(float(estimates.mean()), error, len(ids), estimates)
 
 
-def _prompt_ids(model: Model, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+def prompt_token_ids(model: Model, prompts: Sequence[Prompt]) -> list[np.ndarray]:
     """int32 [Lp] of each prompt; text and chats go through the tokenizer together."""
     worded = [isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict)) for prompt in prompts]
     encoded = iter(encode_prompts(model.tokenizer, list(itertools.compress(prompts, worded))) if any(worded) else [])
     return [next(encoded) if is_text else _checked_ids(model, prompt, "prompt") for prompt, is_text in zip(prompts, worded, strict=True)]
 
 
-def _completion_ids(model: Model, completion: str | Sequence[int] | np.ndarray) -> np.ndarray:
+def completion_token_ids(model: Model, completion: str | Sequence[int] | np.ndarray) -> np.ndarray:
     if isinstance(completion, str):
         completion = model.tokenizer(completion, add_special_tokens=False)["input_ids"]
     ids = _checked_ids(model, completion, "completion")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from data_files import WANT, missing_data, unchecked
 
 from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import Recipe
@@ -88,3 +89,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
 
     recipe.folder = folder
     return recipe
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs_data"):
+        for name in missing_data(mark.args):
+            pytest.skip(f"{WANT}{name}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = terminalreporter.stats.get("skipped", ())
+    for line in unchecked(report.longrepr[2] for report in reports if isinstance(report.longrepr, tuple | list)):
+        terminalreporter.write_line(line, yellow=True)

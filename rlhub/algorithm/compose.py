@@ -1,4 +1,4 @@
-"""An algorithm as the composition of its parts: credit, views, likelihood, objective and KL (DESIGN: five orthogonal parts)."""
+"""An algorithm as the composition of its parts: credit, views, likelihood, objective and KL."""
 
 from __future__ import annotations
 

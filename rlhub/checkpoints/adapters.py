@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlhub.checkpoints.folders import ADAPTER_CONFIG, is_adapter_folder, read_adapter_config
 from rlhub.errors import CheckpointError, RecipeError
+from rlhub.extras import require
 from rlhub.networks.lora import check_targets
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -113,6 +114,7 @@ def rebase_adapter(source: Path, base: Path, folder: Path, tokenizer: Any = None
 
 
 def _inject(network: nn.Module, config: dict[str, Any], where: Path) -> None:
+    require("peft")
     from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 
     config = PeftConfig.from_peft_type(**config) if "peft_type" in config else LoraConfig(**config)

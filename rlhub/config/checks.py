@@ -13,6 +13,7 @@ from rlhub.config.schema import Part, Recipe, SamplerConfig
 from rlhub.config.tasks import task_kind
 from rlhub.config.values import typed_recipe
 from rlhub.errors import RecipeError
+from rlhub.extras import require
 from rlhub.parts import KeyedError, did_you_mean, load_part, one_line, part_config, show
 
 # A part: its folder, the key that names it, and the keys that hold its options. Naming another part drops the options set before.
@@ -68,15 +69,19 @@ def check_sampler(sampler: SamplerConfig) -> None:
 
 
 def check_devices(recipe: Recipe) -> None:
-    """Checks that this machine has what training needs: the model's folder and, where roles ask for them, GPUs.
+    """Checks that this machine has what training needs: packages, the model's folder and, where roles ask for them, GPUs.
 
     Raises:
-        RecipeError: something is missing.
+        UserError: something is missing.
     """
     if recipe.roles.engine == "vllm" and "RAY_ADDRESS" not in os.environ:
         from rlhub.vllm_environment import check_vllm
 
         check_vllm()
+    if recipe.run.runtime == "ray":
+        require("ray")
+    if recipe.learner.backend == "deepspeed" and "RAY_ADDRESS" not in os.environ:
+        require("deepspeed", "ray")
     if recipe.model.path and not Path(recipe.model.path).is_dir():
         raise RecipeError(f"model.path: no folder {recipe.model.path!r}; download the checkpoint or set model.path to where it is")
     asking = [key for key in ("generator", "learner", "scorer", "reward_worker") if getattr(recipe.roles, f"gpus_per_{key}") > 0]

@@ -1,7 +1,7 @@
 """Likelihood estimators against enumeration on models that are small enough for it.
 
 `Table` holds one law per state of the canvas, so every mask and every order can be summed over. `Joint` is the table of the exact
-conditionals of one random joint law, for which the ELBO equals log p. Letters name the oracles of the ESPO and VRPO fact sheet.
+conditionals of one random joint law, for which the ELBO equals log p.
 """
 
 from __future__ import annotations

@@ -349,7 +349,7 @@ def test_exact_elbo_of_two_tokens_by_hand():
 
 
 def test_exact_elbo_of_exact_conditionals_is_the_log_probability():
-    """With the conditionals of one joint law every order of filling gives the same sum (fact sheet, oracle B)."""
+    """With the conditionals of one joint law every order of filling gives the same sum."""
     length, size = 5, 3
     joint = np.random.default_rng(2).dirichlet(np.ones(size**length)).reshape([size] * length)
     answer = (0, 2, 1, 1, 0)
@@ -533,7 +533,7 @@ def test_other_algorithms_are_refused_by_the_oracle():
 
 
 def test_number_of_forwards():
-    """K for a rollout and 2 M rows for one evaluation of its likelihood, less the empty halves (fact sheet, oracle R)."""
+    """K for a rollout and 2 M rows for one evaluation of its likelihood, less the empty halves."""
     requests = [Request(uid, 0, np.array([3], dtype=np.int32)) for uid in range(6)]
     for name, positions in [("low_confidence", 8 + 6 + 4 + 2), ("random", 8)]:
         stub = ConstantModel()

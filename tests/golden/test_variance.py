@@ -1,4 +1,4 @@
-"""Variance of ELBO scores against enumeration of all masks (oracles J, K and L of the VRPO fact sheet), draws through the real views."""
+"""Variance of ELBO scores against enumeration of all masks, draws through the real views."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_edges_of_least_variance():
 
 
 def test_exact_value_is_the_average_over_orders():
-    """The ELBO of Shapley weights (fact sheet 4): each mask of size l weighs 1 / (l binomial(L, l))."""
+    """The ELBO of Shapley weights: each mask of size l weighs 1 / (l binomial(L, l))."""
     exact = law(5)
     weights = [1 / (int(mask.sum()) * math.comb(5, int(mask.sum()))) for mask in exact.masks]
     assert exact.value == pytest.approx(float(np.dot(weights, exact.sums)))

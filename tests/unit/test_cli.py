@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner, Result
 
-from rlhub.commands.main import main, split_prompts
+from rlhub.commands.main import main
+from rlhub.commands.sample import split_prompts
 from rlhub.errors import CheckpointError
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -7,16 +7,16 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from data_files import DATA, needs_data
 from sandbox_makers import maker  # noqa: F401
 
 from rewards import load_grader
 from rewards.code_tests import extract_program
 from rewards.sandbox.inside.values import decode, encode
 
-HUMANEVAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "humaneval" / "HumanEval.jsonl.gz"
+HUMANEVAL = DATA / "humaneval" / "HumanEval.jsonl.gz"
 ADD = {
     "prompt": "def add(a, b):\n    '''The sum.'''\n",
     "entry_point": "add",
@@ -311,7 +311,7 @@ def test_a_setup_that_fails_by_itself_is_the_graders_failure():
         graded("def f(): return 1", {"test_list": ["assert f() == 1"], "test_setup_code": "x = 1 / 0"})
 
 
-@pytest.mark.skipif(not HUMANEVAL.exists(), reason="the HumanEval file is not beside the checkout")
+@needs_data("humaneval")
 def test_humaneval_solutions_pass_and_mutants_that_fail_directly_fail_here_sample():
     rows = humaneval()
     sample = [*rows[::16], rows[32], rows[38], rows[50]]  # these three have helpers in the prompt that the tests use
@@ -320,7 +320,7 @@ def test_humaneval_solutions_pass_and_mutants_that_fail_directly_fail_here_sampl
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HUMANEVAL.exists(), reason="the HumanEval file is not beside the checkout")
+@needs_data("humaneval")
 def test_humaneval_solutions_pass_and_mutants_that_fail_directly_fail_here():
     counts = agreement(humaneval(), per_row=3)
     print({f"directly {a}, here {b}": count for (a, b), count in counts.items()})

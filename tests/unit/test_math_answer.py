@@ -9,14 +9,13 @@ import json
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from data_files import DATA, needs_data
 
 from rewards import load_grader
 from rewards.math_answer import refusal
 
-GSM8K = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "gsm8k"
 LARGEST_DISAGREEMENT = 0.01
 
 GRADE = load_grader({"name": "math_answer"})
@@ -410,12 +409,10 @@ def test_symbolic_comparison_works_off_the_main_thread():
 
 
 def read_rows(name):
-    path = GSM8K / name
-    if not path.exists():
-        pytest.skip(f"{path.name} is not here")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (DATA / "gsm8k" / name).read_text(encoding="utf-8").splitlines()]
 
 
+@needs_data("gsm8k")
 @pytest.mark.parametrize("name", ["train.jsonl", "test.jsonl"])
 def test_every_gsm8k_gold_answer_verifies(name):
     rows = read_rows(name)
@@ -423,6 +420,7 @@ def test_every_gsm8k_gold_answer_verifies(name):
     assert statuses == {(1.0, "ok"): len(rows)}
 
 
+@needs_data("gsm8k")
 def test_agreement_with_the_official_labels():
     rows = read_rows("model_solutions_labelled.jsonl")
     results = [graded(row["completion"], row["answer"]) for row in rows]

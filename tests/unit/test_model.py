@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_files import DATA, needs_data
 from safetensors.torch import load_file, save_file
 
 from rlhub.checkpoints.export import export
@@ -19,7 +20,7 @@ from rlhub.errors import CheckpointError
 from rlhub.models.llada import LORA_TARGETS, Config, LLaDA
 from rlhub.networks.layout import pack_layout
 
-PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "checkpoints" / "LLaDA-8B-Instruct"
+PUBLISHED = DATA / "checkpoints" / "LLaDA-8B-Instruct"
 TINY = {"d_model": 16, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 24, "vocab_size": 12, "init_std": 0.3}
 
 
@@ -64,7 +65,7 @@ def test_loads_in_the_asked_precision(folder):
     assert torch.equal(logits(load_network(folder / "half")), logits(make().bfloat16().float()))
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason=f"no {PUBLISHED}")
+@needs_data("checkpoints")
 def test_published_names_and_size():
     """Every tensor of LLaDA-8B-Instruct has its place here and the other way round; the bytes add up in bfloat16."""
     config = json.loads((PUBLISHED / "config.json").read_text())

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from data_files import DATA, needs_data
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,7 +24,6 @@ from rlhub.errors import CheckpointError
 from rlhub.networks.layout import pack_layout
 from rlhub.parts import load_part, part_names
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 FAMILIES = [name for name in part_names("models") if hasattr(load_part("models", name), "TINY")]
 
 
@@ -270,11 +270,11 @@ def test_damage_is_one_line_that_names_the_tensor_or_file_and_the_fix(kind, shar
 # ----------------------------------------------------------------------------------------------------------------- published
 
 
-@pytest.mark.skipif(not (SHARED / "checkpoints").is_dir(), reason=f"no {SHARED / 'checkpoints'}")
+@needs_data("checkpoints")
 @pytest.mark.parametrize("model", ["LLaDA-8B-Instruct", "Dream-v0-Instruct-7B", "LLaDA2.0-mini", "LLaDA2.1-mini", "SDAR-4B-Chat"])
 def test_every_published_tensor_has_its_place(model):
     """All names of the published index, none besides, and in bfloat16 the published number of bytes."""
-    folder = SHARED / "checkpoints" / model
+    folder = DATA / "checkpoints" / model
     config, index = (json.loads((folder / name).read_text()) for name in ("config.json", INDEX))
     try:
         network = empty_network(config)

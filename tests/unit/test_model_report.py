@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from data_files import DATA, needs_data
 
 from rlhub.checkpoints.adapters import write_fresh_adapter
 from rlhub.checkpoints.tokenizers import encode_prompts, load_tokenizer
@@ -19,7 +20,6 @@ from rlhub.models.llada import Config, build
 from rlhub.planning.model_report import inspect_model
 from rlhub.tasks._vocabulary import word_level
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 WIDTH, LAYERS, HIDDEN, VOCABULARY = 16, 3, 24, 12
 
 
@@ -89,25 +89,25 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.skipif(not (SHARED / "checkpoints").is_dir(), reason=f"no {SHARED / 'checkpoints'}")
+@needs_data("checkpoints")
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_published_models(model):
-    report = inspect_model(SHARED / "checkpoints" / model)
+    report = inspect_model(DATA / "checkpoints" / model)
     billions = [count / 1e9 for count in (report.parameters, report.active_parameters)]
     assert billions == pytest.approx(PUBLISHED[model], rel=0.005)
-    index = json.loads((SHARED / "checkpoints" / model / "model.safetensors.index.json").read_text())
+    index = json.loads((DATA / "checkpoints" / model / "model.safetensors.index.json").read_text())
     assert report.weight_bytes == pytest.approx(index["metadata"]["total_size"], rel=1e-5) and report.dtype == "bfloat16"
     assert report.shards == len(set(index["weight_map"].values())) and report.weights == "index only" and report.chat_template
     assert [problem for problem in report.problems if "tokenizer" not in problem] == []
 
 
-@pytest.mark.skipif(not (SHARED / "tokenizers" / "qwen2").is_dir(), reason=f"no {SHARED / 'tokenizers'}")
+@needs_data("checkpoints", "tokenizers")
 @pytest.mark.parametrize("model", ["SDAR-4B-Chat", "Dream-v0-Instruct-7B"])
 def test_a_published_tokenizer_and_its_chat_template_come_back_unchanged(model, tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(SHARED / "checkpoints" / model, source)
+    shutil.copytree(DATA / "checkpoints" / model, source)
     for name in ("vocab.json", "merges.txt"):
-        shutil.copy(SHARED / "tokenizers" / "qwen2" / name, source)
+        shutil.copy(DATA / "tokenizers" / "qwen2" / name, source)
     tokenizer = load_tokenizer(str(source))
     network = build(Config(d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=16, vocab_size=16))
     save_network(network, tmp_path / "out", tokenizer)
@@ -118,7 +118,7 @@ def test_a_published_tokenizer_and_its_chat_template_come_back_unchanged(model, 
     assert len(again) == len(tokenizer) and again.all_special_tokens == tokenizer.all_special_tokens
     added = json.loads((source / "added_tokens.json").read_text())
     assert [again.convert_tokens_to_ids(name) for name in added] == [tokenizer.convert_tokens_to_ids(name) for name in added]
-    mask = json.loads((SHARED / "checkpoints" / model / "config.json").read_text())["mask_token_id"]
+    mask = json.loads((DATA / "checkpoints" / model / "config.json").read_text())["mask_token_id"]
     assert (
         again.convert_ids_to_tokens(mask) == tokenizer.convert_ids_to_tokens(mask) and again.decode([mask]).lower().strip("<|>") == "mask"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from data_files import DATA, needs_data
 from safetensors.torch import load_file, save_file
 
 import rlhub
@@ -22,7 +23,7 @@ from rlhub.networks.experts import record_routing, routers
 from rlhub.networks.layout import pack_layout
 from workers.sync import buckets_of, load_buckets, receipt_of
 
-PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "checkpoints"
+PUBLISHED = DATA / "checkpoints"
 FAMILIES = ("llada_moe", "llada2", "smdm", "radd")
 TOKENS = torch.tensor([3, 1, 4, 14, 5, 9, 2, 14, 14, 5, 3, 14, 8, 9, 7, 14, 3, 2, 14])
 LENGTHS = [12, 7]
@@ -300,7 +301,7 @@ def test_a_published_radd_config_names_no_architecture(tmp_path):
     assert torch.equal(logits(load_network(tmp_path)), logits(make("radd")))
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason=f"no {PUBLISHED}")
+@needs_data("checkpoints")
 @pytest.mark.parametrize(("checkpoint", "bias_bytes"), [("LLaDA2.0-mini", 2), ("LLaDA2.1-mini", 4)])
 def test_llada2_published_names_sizes_and_config(checkpoint, bias_bytes):
     """Every published tensor has its place and the other way round; 2.0 holds its biases in bfloat16, 2.1 in float32."""

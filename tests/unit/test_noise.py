@@ -92,7 +92,7 @@ def test_neighbouring_keys_are_uncorrelated():
 
 
 def test_a_stream_does_not_repeat_over_many_steps():
-    """100 000 training steps of one sample and 64 canvas positions each (fact sheet, oracle S): no first word comes twice."""
+    """100 000 training steps of one sample and 64 canvas positions each: no first word comes twice."""
     views, token = Noise(0).stream("views"), Noise(0).stream("token")
     firsts = [views.uniform(1, uid=sample_uid(1, step, 0, 0))[0] for step in range(100_000)]
     firsts += [token.uniform(1, uid=sample_uid(1, step, 0, 0), position=position)[0] for step in range(500) for position in range(64)]

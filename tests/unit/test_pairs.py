@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from data_files import DATA, needs_data
 from helpers import rows, silent
 from safetensors.torch import load_file
 
@@ -29,7 +30,7 @@ from rlhub.training.pair_sampling import best_and_worst, sample_pairs
 from rlhub.training.run import train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-HH = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "hh-rlhf" / "harmless-base.test.jsonl.gz"
+HH = DATA / "hh-rlhf" / "harmless-base.test.jsonl.gz"
 
 TINY_PAIRS = """
 extends: [ALGORITHM]
@@ -435,7 +436,7 @@ def test_failed_grades_make_no_pair():
 # --------------------------------------------------------------------------------------------------------------- real data
 
 
-@pytest.mark.skipif(not HH.exists(), reason="needs the HH-RLHF file")
+@needs_data("hh-rlhf")
 def test_human_preferences_train_end_to_end(tmp_path):
     overrides = [
         *("run.steps=2", "run.eval_every=2", "sft.steps=2", "sft.eval_every=2", "sft.batch_size=4", "pairs.eval_rows=4"),

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from data_files import DATA, needs_data
 
 from rlhub.algorithm.pairs import PairOrder, encode
 from rlhub.errors import DataError
@@ -15,7 +16,7 @@ from rlhub.tasks import load_task, task_tokenizer
 from rlhub.tasks._vocabulary import byte_level
 from rlhub.tasks.preferences import Config, load_preferences, parse
 
-HH = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "hh-rlhf" / "harmless-base.test.jsonl.gz"
+HH = DATA / "hh-rlhf" / "harmless-base.test.jsonl.gz"
 USER = [{"role": "user", "content": "What color is the sky?"}]
 BLUE, GREEN = ([{"role": "assistant", "content": f"It is {color}."}] for color in ("blue", "green"))
 
@@ -195,7 +196,7 @@ def test_every_epoch_has_every_pair_once():
     assert [order.needed(steps) for steps in (3, 4, 5, 12)] == [{0: 3}, {0: 4}, {0: 4, 1: 1}, {0: 4, 1: 4}]
 
 
-@pytest.mark.skipif(not HH.exists(), reason="needs the HH-RLHF file")
+@needs_data("hh-rlhf")
 def test_human_preferences_parse():
     """2,312 dialogues: 4 have an empty answer and 5 part before the last turn, because a turn's marker is misspelt."""
     config = Config(str(HH), held_out_one_in=10)
@@ -208,7 +209,7 @@ def test_human_preferences_parse():
     assert all(one.prompt.startswith("\n\nHuman:") and one.prompt.endswith("\n\nAssistant:") for one in (*train, *test))
 
 
-@pytest.mark.skipif(not HH.exists(), reason="needs the HH-RLHF file")
+@needs_data("hh-rlhf")
 def test_a_tokenizer_trained_on_the_data_spells_every_text():
     options = {"path": str(HH), "vocabulary": 512, "limit": 200}
     trained, task = task_tokenizer("preferences", options), load_task("preferences", options, "train", seed=0)

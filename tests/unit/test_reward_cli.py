@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from data_files import DATA, needs_data
 
 from rlhub.commands.main import main
 
-GSM8K = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "gsm8k"
 ROWS = [
     {"prompt": "p", "completion": "A: 18", "answer": "18", "label": True},
     {"prompt": "p", "completion": "A: 17", "answer": "18", "label": 0},
@@ -154,11 +153,9 @@ def test_bad_input_is_one_line_with_exit_code_2(tmp_path, name, content, argumen
     assert all(word in result.stderr for word in words), result.stderr
 
 
+@needs_data("gsm8k")
 def test_the_official_labels_of_gsm8k():
-    path = GSM8K / "model_solutions_labelled.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path.name} is not here")
-    found = report("math_answer", "--data", str(path))
+    found = report("math_answer", "--data", str(DATA / "gsm8k" / "model_solutions_labelled.jsonl"))
     assert found["rows"] == sum(found["statuses"].values()) == sum(found["confusion"].values())
     assert found["agreement"] >= 0.99
     assert len(found["disagreements"]) == round((1 - found["agreement"]) * found["rows"])

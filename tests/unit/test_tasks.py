@@ -1,12 +1,11 @@
 """Tasks: training and test problems never meet, examples are pure functions of their keys, bad input is named."""
 
 import json
-import os
 from collections import Counter
 from itertools import permutations, product
-from pathlib import Path
 
 import pytest
+from data_files import DATA, needs_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,12 +14,9 @@ from rewards.countdown import evaluate
 from rlhub.errors import DataError
 from rlhub.tasks import countdown, first_accepted, held_out, load_task, sort, sudoku
 
-DATA = Path(os.environ.get("RLHUB_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 COUNTDOWN = DATA / "countdown" / "cd3_test.jsonl"
 SUDOKU = DATA / "sudoku" / "4x4_test.csv"
 GSM8K = DATA / "gsm8k" / "test.jsonl"
-
-needs_data = pytest.mark.skipif(not COUNTDOWN.is_file(), reason="the published files are not beside the checkout")
 
 SMALL = [
     ("sort", {"test_size": 64}),
@@ -202,7 +198,7 @@ def test_countdown_worked_example_is_not_a_test_problem():
     assert not held_out(countdown.identity(countdown.Problem((2, 3, 4), 5), "published"), countdown.HELD_OUT_ONE_IN)
 
 
-@needs_data
+@needs_data("countdown")
 def test_published_countdown_problems():
     task = load_task("countdown", {"path": str(COUNTDOWN)}, "test", 0)
     assert task.description == "published cd3_test.jsonl, 256 problems"
@@ -220,7 +216,7 @@ def reachable(numbers):
             yield evaluate(f"{a}{first}({b}{second}{c})")
 
 
-@needs_data
+@needs_data("countdown")
 @pytest.mark.parametrize("style", ["published", "short"])
 def test_training_avoids_the_published_countdown_problems(style):
     config = {"path": str(COUNTDOWN), "style": style}
@@ -283,7 +279,7 @@ def test_sudoku_demonstrations(style, answer, blanks):
     assert accuracy(load_task("sudoku", {"style": style}, "train", 0), {"name": "sudoku", "answer": answer}) == 1.0
 
 
-@needs_data
+@needs_data("sudoku")
 def test_published_sudoku_puzzles_and_their_leak():
     puzzles = sudoku.read_puzzles(str(SUDOKU))
     assert len(puzzles) == len({row.puzzle for row in puzzles}) == 500
@@ -292,7 +288,7 @@ def test_published_sudoku_puzzles_and_their_leak():
     assert Counter(len(sudoku.solve(row.puzzle)) for row in puzzles) == {1: 376, 2: 115, 3: 8, 4: 1}
 
 
-@needs_data
+@needs_data("sudoku")
 @pytest.mark.parametrize(
     ("split", "num_train", "num_test", "size"), [("by_grid", 59, 229, 500), ("by_grid_subset", 233, 45, 96), ("published", 288, 229, 500)]
 )
@@ -380,7 +376,7 @@ def test_missing_files_are_named(tmp_path, name):
         load_task("jsonl", {"path": str(tmp_path / name)}, "train", 0)
 
 
-@needs_data
+@needs_data("gsm8k")
 def test_gsm8k_as_a_file():
     task = load_task("jsonl", {"path": str(GSM8K), "prompt": "question", "completion": "answer"}, "test", 0)
     assert task.size == 1319 and "####" in task.example(0).demonstration
