@@ -89,12 +89,12 @@ def validate(recipe: Recipe) -> None:
     check_recipe(recipe)
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML with 1.2 scalars: `off`, `no` and dates are text, `3e-6` is a number."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not read back as text."""
+    """Quotes what `Loader` would not read back as text."""
 
 
 _SCALARS = [
@@ -104,11 +104,11 @@ _SCALARS = [
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("tag:yaml.org,2002:merge", r"<<", "<"),
 ]
-for _style in (_Loader, _Dumper):
+for _style in (Loader, _Dumper):
     _style.yaml_implicit_resolvers = {}
     for _tag, _pattern, _first in _SCALARS:
         _style.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list(_first))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))  # 1.1 reads 010 as eight
+Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))  # 1.1 reads 010 as eight
 
 
 @dataclass
@@ -152,7 +152,7 @@ def _read_layer(path: Path, prefix: str) -> _Layer:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{prefix}cannot read {str(path)!r}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from error
     try:
-        loader = _Loader(text)
+        loader = Loader(text)
         root = loader.get_single_node()
         layer = _Layer()
         if root is None:
@@ -170,7 +170,7 @@ def _read_layer(path: Path, prefix: str) -> _Layer:
         raise RecipeError(f"{path}: not valid YAML: {one_line(error)}; save it as plain UTF-8 text") from error
 
 
-def _walk(loader: _Loader, node: yaml.MappingNode, prefix: str, path: Path, layer: _Layer) -> None:
+def _walk(loader: Loader, node: yaml.MappingNode, prefix: str, path: Path, layer: _Layer) -> None:
     """Adds the leaves below a mapping to a layer."""
     for key_node, value_node in node.value:
         where = f"{path}:{key_node.start_mark.line + 1}"
@@ -195,7 +195,7 @@ def _override_layer(overrides: Sequence[str]) -> _Layer:
         if not equals or not key.strip():
             raise RecipeError(f"{origin}: expected key=value, for example run.steps=100")
         try:
-            parsed = yaml.load(value, _Loader)
+            parsed = yaml.load(value, Loader)
         except yaml.YAMLError as error:
             raise RecipeError(f"{origin}: {value!r} is not a YAML value; quote it or close its brackets") from error
         leaves = [(leaf, _with_absolute_files(leaf, value, Path.cwd())) for leaf, value in flatten({key.strip(): parsed})]

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Predicate
-from pydantic import Field, Strict
+from annotated_types import Ge, Gt, Le, Lt, MinLen, Predicate
+from pydantic import Field
 
 from rewards.pool.settings import RewardPoolConfig
-from rlhub.bounds import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
+from rlhub.bounds import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share, Strict
 
 # What became of keys of earlier versions, as the end of an error message: for one with another name, "is now algorithm.x".
 FORMER_KEYS = {"run.deterministic": "was removed, as every run is deterministic; delete it"}
@@ -32,7 +32,7 @@ OnInvalid = (
     Literal["drop_sample", "drop_group"]
     | Annotated[str, Field(pattern=r"^value:[-+]?[0-9]*\.?[0-9]+$", title="value:x", examples=["value:0.0"])]
 )
-Beta = Annotated[float, Strict(), Field(ge=0, lt=1)]
+Beta = Annotated[float, Strict(), Ge(0), Lt(1)]
 _ascending = Predicate(lambda pair: pair[0] < pair[1])
 
 
@@ -41,10 +41,10 @@ class RunConfig:
     """The run and its folder (docs/run_folder.md)."""
 
     name: FolderName = "run"
-    """The run folder is `<output_dir>/<name>`; no slashes."""
+    """The run folder is `<output_dir>/<name>`."""
     output_dir: str = "runs"
     """Folder of run folders."""
-    seed: Annotated[int, Strict(), Field(ge=0, lt=1 << 64)] = 0
+    seed: Annotated[int, Strict(), Ge(0), Lt(1 << 64)] = 0
     """Of all noise, a part of every key."""
     steps: PositiveInt = 100
     """RL or preference steps."""
@@ -176,7 +176,7 @@ class SamplerConfig:
     """Of the distribution that tokens are drawn from; 0: the most likely token."""
     top_k: NonNegativeInt = 0
     """Draw among the k most likely tokens; 0: all."""
-    top_p: Annotated[float, Strict(), Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Strict(), Gt(0), Le(1)] = 1.0
     """Then among the most likely ones that together reach this share; 1: all."""
     early_stop: Literal["fill_eos", "off"] = "fill_eos"
     """`fill_eos`: rows stop once a finished block holds EOS, the rest becomes EOS; `off`: every block is denoised."""
@@ -341,7 +341,7 @@ class LearnerConfig:
 
     backend: Literal["deepspeed", "torch"] = "deepspeed"
     """`torch`: one process."""
-    zero_stage: Annotated[int, Strict(), Field(ge=0, le=3)] = 1
+    zero_stage: Annotated[int, Strict(), Ge(0), Le(3)] = 1
     """What DeepSpeed shares out over learners: nothing, optimizer state, gradients too, weights too."""
     micro_batch_tokens: PositiveInt = 8192
     """Tokens of a forward, padding included."""
@@ -398,7 +398,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    eval_temperatures: Annotated[list[NonNegativeFloat], Field(min_length=1)] = field(default_factory=lambda: [0.0, 1.0])
+    eval_temperatures: Annotated[list[NonNegativeFloat], MinLen(1)] = field(default_factory=lambda: [0.0, 1.0])
     """Temperatures that held-out accuracy is measured at."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
