@@ -20,7 +20,8 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
       rlhub plan recipes/sort.yaml roles.learners=4 --json
     """
     from rlhub.config.recipe import load_recipe
-    from rlhub.planning.plan import make_plan, plan_view
+    from rlhub.planning.plan import make_plan
+    from rlhub.planning.view import plan_view
 
     made = make_plan(load_recipe(recipe, overrides))
     if as_json:

@@ -26,7 +26,8 @@ from rlhub.files import replace_file
 from rlhub.networks.rope import extend
 from rlhub.noise import Noise
 from rlhub.parts import load_part
-from rlhub.planning.plan import format_plan, make_plan
+from rlhub.planning.plan import make_plan
+from rlhub.planning.view import format_plan
 from rlhub.records.metrics import read_metrics, summarize
 from rlhub.records.progress import RunProgress, summary_panel
 from rlhub.records.trackers import Trackers

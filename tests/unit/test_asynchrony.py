@@ -15,7 +15,8 @@ from helpers import rows, silent
 
 from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.errors import RecipeError, SyncError
-from rlhub.planning.plan import format_plan, make_plan
+from rlhub.planning.plan import make_plan
+from rlhub.planning.view import format_plan
 from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.training.rollouts import Issued, RolloutQueue
 from rlhub.training.run import train

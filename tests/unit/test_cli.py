@@ -195,7 +195,8 @@ def test_export_and_report_print_where_they_wrote(monkeypatch):
 def test_modules_in_the_current_folder_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
     Path("mine_for_cli").mkdir()
-    module = "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Config:\n    scale: int = 1\n\ndef assign(rewards, batch, config): ...\n"
+    config = "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Config:\n    scale: int = 1\n"
+    module = f"{config}\ndef assign(rewards, batch, config): ...\n"
     Path("mine_for_cli/credit.py").write_text(module)
     result = run("plan", SORT, "algorithm.advantage.name=mine_for_cli.credit", "algorithm.advantage.scale=2", "--json")
     assert json.loads(result.stdout)["recipe"]["algorithm"]["advantage"] == {"name": "mine_for_cli.credit", "scale": 2}

@@ -16,7 +16,8 @@ from rlhub.errors import DataError
 from rlhub.models import dream, sdar
 from rlhub.models.llada import Config, LLaDA
 from rlhub.noise import SFT, Noise
-from rlhub.planning.plan import format_plan, make_plan
+from rlhub.planning.plan import make_plan
+from rlhub.planning.view import format_plan
 from rlhub.records.metrics import read_metrics
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.training.documents import PackedDocuments, document_batch, pack_documents

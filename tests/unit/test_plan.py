@@ -14,7 +14,9 @@ from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import SamplerConfig
 from rlhub.errors import RecipeError
 from rlhub.planning.memory import size_text
-from rlhub.planning.plan import Plan, format_plan, make_plan, meta_network, sampler_text
+from rlhub.planning.plan import make_plan, meta_network
+from rlhub.planning.quantities import Plan
+from rlhub.planning.view import format_plan, sampler_text
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COMPLETE = sorted(path for path in RECIPES.rglob("*.yaml") if "task" in yaml.safe_load(path.read_text()))
