@@ -13,7 +13,7 @@ from rlhub.config.tasks import task_kind
 from rlhub.errors import RecipeError
 from rlhub.planning.memory import Memory, serving_memory, training_memory
 from rlhub.planning.notes import notes_of
-from rlhub.planning.quantities import BatchPlan, Forwards, PairsPlan, Plan, Prompts, optimizer_steps_of, roles_of
+from rlhub.planning.quantities import PROMPTS_READ, BatchPlan, Forwards, PairsPlan, Plan, Prompts, optimizer_steps_of, roles_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from rlhub.algorithm.compose import Algorithm
 
-PROMPTS_READ = 64  # training prompts that the token counts are taken from
 CHARACTERS_PER_TOKEN = 4  # of English text, where no tokenizer is at hand
 BYTES = {"float32": 4, "bfloat16": 2}
 

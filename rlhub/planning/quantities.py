@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhub.config.schema import Recipe
 from rlhub.planning.memory import Memory
 
-if TYPE_CHECKING:
-    pass
+PROMPTS_READ = 64  # training prompts that the token counts are taken from
 
 
 @dataclass(frozen=True)
