@@ -22,7 +22,7 @@ from functools import partial
 from rlhub.algorithm.batching import make_batch
 from rlhub.algorithm.health import rollout_metrics, staleness_metrics
 from rlhub.algorithm.pairs import PairOrder, pair_order
-from rlhub.noise import ONLINE
+from rlhub.phases import Phase
 from rlhub.training.documents import pack_documents
 from rlhub.training.grading import grade, grade_states, shuffle_grades
 from rlhub.training.reference import open_reference
@@ -136,4 +136,4 @@ def _issue_step(session: Session, step: int) -> Issued:
     """The requests of an online step; no two steps share a prompt row or a uid."""
     algorithm = session.recipe.algorithm
     prompts, completions = algorithm.prompts_per_step, algorithm.completions_per_prompt
-    return issue(session.train_task, session.tokenizer, ONLINE, step, (step - 1) * prompts, prompts, completions)
+    return issue(session.train_task, session.tokenizer, Phase.ONLINE, step, (step - 1) * prompts, prompts, completions)

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from rlhub.errors import DataError
-from rlhub.noise import EVAL, SFT, Noise, sample_uid
+from rlhub.noise import Noise, sample_uid
+from rlhub.phases import Phase
 from rlhub.tasks import Task
 from rlhub.types import Batch
 
@@ -73,7 +74,7 @@ class PackedDocuments:
         """The rows of a step, counted from 1."""
         rows = [self.row((step - 1) * size + number) for number in range(size)]
         segments = [document for _, document in rows] if self.packing == "adaptive" else None
-        return document_batch([tokens for tokens, _ in rows], self.mask_id, SFT, step, segments)
+        return document_batch([tokens for tokens, _ in rows], self.mask_id, Phase.SFT, step, segments)
 
 
 def pack_documents(task: Task, tokenizer: Any, packing: str, length: int, noise: Noise) -> PackedDocuments:
@@ -102,11 +103,11 @@ def encode_documents(task: Task, tokenizer: Any) -> list[np.ndarray]:
     return [document for document in documents if len(document)]
 
 
-def document_batch(rows: Sequence[np.ndarray], mask_id: int, phase: int, step: int, segments: list[np.ndarray] | None = None) -> Batch:
+def document_batch(rows: Sequence[np.ndarray], mask_id: int, phase: Phase, step: int, segments: list[np.ndarray] | None = None) -> Batch:
     """Rows of tokens without prompts as a batch."""
     length = np.array([len(row) for row in rows])
     return Batch(
-        uid=np.array([sample_uid(phase, step, number, 0) for number in range(len(rows))], dtype=np.uint64),
+        uid=np.array([sample_uid(phase.number, step, number, 0) for number in range(len(rows))], dtype=np.uint64),
         group=np.arange(len(rows)),
         prompts=[np.zeros(0, dtype=np.int32)] * len(rows),
         completions=list(rows),
@@ -128,6 +129,6 @@ def evaluate_documents(crew: Any, recipe: Any, task: Task, tokenizer: Any) -> di
         return {}
     total = 0.0
     for first in range(0, len(documents), PIECE):
-        batch = document_batch(documents[first : first + PIECE], tokenizer.mask_token_id, EVAL, first // PIECE)
+        batch = document_batch(documents[first : first + PIECE], tokenizer.mask_token_id, Phase.EVAL, first // PIECE)
         total += float(crew.learn("estimate", eval_algorithm(recipe), batch).value.sum())
     return {"eval/elbo_per_token": total / sum(map(len, documents)), "eval/num_documents": len(documents)}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlhub.config.schema import Recipe, SamplerConfig
-from rlhub.noise import EVAL
+from rlhub.phases import Phase
 from rlhub.tasks import Task
 from rlhub.training.grading import grade
 from rlhub.training.rollouts import evaluation_settings, generate, issue
@@ -70,7 +70,7 @@ def measure(crew: Any, recipe: Recipe, task: Task, tokenizer: Any, settings: Sam
     num_problems = num_test_problems(recipe, task)
     graded, seconds = [], 0.0
     for first in range(0, num_problems, PIECE):
-        issued = issue(task, tokenizer, EVAL, first // PIECE, first, min(PIECE, num_problems - first), 1)
+        issued = issue(task, tokenizer, Phase.EVAL, first // PIECE, first, min(PIECE, num_problems - first), 1)
         started = time.perf_counter()
         rollouts = generate(crew, issued, settings)
         seconds += time.perf_counter() - started

@@ -19,7 +19,7 @@ import torch
 from rlhub.algorithm.pairs import Pairs, encode, source_config
 from rlhub.config.schema import AlgorithmConfig, Recipe
 from rlhub.errors import DataError
-from rlhub.noise import EVAL, PAIRS
+from rlhub.phases import Phase
 from rlhub.tasks.preferences import BadRow, load_preferences
 from rlhub.types import Batch
 
@@ -50,7 +50,7 @@ def load_pairs(recipe: Recipe, tokenizer: Any, context: int) -> PairData:
     canvas = recipe.sampler.length if recipe.algorithm.length == "canvas" else 0
     full = recipe.sampler.length if recipe.task.reward["name"] != "none" else 0
     encoded, bad = {}, {}
-    for split, phase in (("train", PAIRS), ("test", EVAL)):
+    for split, phase in (("train", Phase.PAIRS), ("test", Phase.EVAL)):
         preferences, unreadable = load_preferences(config, split)
         encoded[split], unusable = encode(preferences, tokenizer, limit, full, canvas, phase)
         bad[split] = sorted([*unreadable, *unusable], key=lambda row: row.number)

@@ -12,6 +12,7 @@ from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config.schema import SamplerConfig
 from rlhub.errors import SyncError
 from rlhub.noise import sample_uid
+from rlhub.phases import Phase
 from rlhub.tasks import Task
 from rlhub.types import Example, Request, Rollout
 
@@ -24,16 +25,16 @@ class Issued:
     examples: list[Example]
 
 
-def issue(task: Task, tokenizer: Any, phase: int, step: int, first_row: int, num_prompts: int, num_completions: int) -> Issued:
+def issue(task: Task, tokenizer: Any, phase: Phase, step: int, first_row: int, num_prompts: int, num_completions: int) -> Issued:
     """Ask for `num_completions` of each of `num_prompts` consecutive examples. A pure function of its arguments, so a resumed run
     issues the same uids."""
     examples = [task.example(first_row + row) for row in range(num_prompts)]
     prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
     requests, repeated = [], []
     for row, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-        group = sample_uid(phase, step, row, 0)
+        group = sample_uid(phase.number, step, row, 0)
         for member in range(num_completions):
-            requests.append(Request(sample_uid(phase, step, row, member), group, prompt))
+            requests.append(Request(sample_uid(phase.number, step, row, member), group, prompt))
             repeated.append(example)
     return Issued(requests, repeated)
 

@@ -18,7 +18,8 @@ import numpy as np
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config.schema import AlgorithmConfig, ModelConfig, Recipe, SFTConfig
 from rlhub.errors import DataError
-from rlhub.noise import SFT, Noise, sample_uid
+from rlhub.noise import Noise, sample_uid
+from rlhub.phases import Phase
 from rlhub.tasks import Task
 from rlhub.types import NEVER, Batch
 
@@ -129,7 +130,7 @@ def demonstration_batch(task: Task, tokenizer: Any, recipe: Recipe, step: int) -
     length = np.array([min(len(answer) + 1, canvas) for answer in answers])
     span = np.full(size, canvas) if recipe.algorithm.length == "canvas" else length
     return Batch(
-        uid=np.array([sample_uid(SFT, step, row, 0) for row in range(size)], dtype=np.uint64),
+        uid=np.array([sample_uid(Phase.SFT.number, step, row, 0) for row in range(size)], dtype=np.uint64),
         group=np.arange(size),
         prompts=prompts,
         completions=completions,

@@ -30,8 +30,9 @@ from rlhub.config.schema import LearnerConfig, OptimizerConfig, Recipe
 from rlhub.engines.torch_engine import Engine
 from rlhub.errors import RecipeError, SyncError, UserError, WorkerLost
 from rlhub.evals.checkpoint import evaluate_checkpoint
-from rlhub.noise import ONLINE, Noise
+from rlhub.noise import Noise
 from rlhub.parts import load_part
+from rlhub.phases import Phase
 from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.tasks import load_task, task_tokenizer
@@ -329,7 +330,7 @@ def generate(crew: Crew, version: int) -> list[list[int]]:
 
 
 def some_requests() -> list:
-    return issue(load_task("sort", {"digits": 4}, "train", 0), task_tokenizer("sort", {}), ONLINE, 1, 0, 4, 2).requests
+    return issue(load_task("sort", {"digits": 4}, "train", 0), task_tokenizer("sort", {}), Phase.ONLINE, 1, 0, 4, 2).requests
 
 
 def expected(crew: Crew, model: Path) -> list[list[int]]:
@@ -350,7 +351,7 @@ def learn_something(crew: Crew) -> None:
 
 def batch_of(size: int) -> Batch:
     """Graded rollouts of random weights, ragged in their rewards."""
-    issued = issue(load_task("sort", {"digits": 4}, "train", 0), task_tokenizer("sort", {}), ONLINE, 1, 0, size // 4, 4)
+    issued = issue(load_task("sort", {"digits": 4}, "train", 0), task_tokenizer("sort", {}), Phase.ONLINE, 1, 0, size // 4, 4)
     rng = np.random.default_rng(0)
     rollouts = [
         fake_rollout(request, rng.integers(0, 10, 4)).graded(RewardResult(float(rng.integers(0, 3)))) for request in issued.requests

@@ -20,7 +20,8 @@ from rlhub.config.schema import Recipe
 from rlhub.config.tasks import evaluation_task
 from rlhub.errors import CheckpointError, DataError, RecipeError, UserError, WorkerHung, WorkerLost
 from rlhub.evals.checkpoint import evaluate_checkpoint
-from rlhub.noise import ONLINE, Noise
+from rlhub.noise import Noise
+from rlhub.phases import Phase
 from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.records.progress import RunProgress
 from rlhub.records.rollout_log import read_rollouts, rollout_path
@@ -462,7 +463,7 @@ def test_a_hanging_worker_is_ended_and_its_piece_done_elsewhere() -> None:
 def test_grades_of_a_batch_survive_the_completion_that_kills_its_grader(tiny: Callable[..., Recipe]) -> None:
     tokenizer = task_tokenizer("sort", {})
     recipe = tiny()
-    issued = issue(load_task("sort", recipe.task.train, "train", 0), tokenizer, ONLINE, 1, 0, 10, 1)
+    issued = issue(load_task("sort", recipe.task.train, "train", 0), tokenizer, Phase.ONLINE, 1, 0, 10, 1)
     runtime, calls = LocalRuntime(), []
     graders = Pool(runtime, [runtime.spawn("reward-0", Scripted, Resources(), label="reward-0", calls=calls, script=[])], attempts=2)
     poisonous = SimpleNamespace(
@@ -593,7 +594,7 @@ def test_a_step_asks_every_role_in_turn(tiny: Callable[..., Recipe], tmp_path: P
     assert len(batch) == 16 and views == ["views"] and len(reference) == 2
     # A generator that lost its weights between two steps is served the last version.
     crew.generators.handles[0].worker.version = -1
-    issued = issue(task, tokenizer, ONLINE, 3, 0, 4, 4)
+    issued = issue(task, tokenizer, Phase.ONLINE, 3, 0, 4, 4)
     assert len(crew.generators.map("generate", [(issued.requests, recipe.sampler, crew.version)])[0]) == 16
     assert crew.generators.handles[0].worker.version == crew.version == 2
 
