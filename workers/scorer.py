@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhub.algorithm.compose import Algorithm
+from rlhub.algorithm.compose import Algorithm, CreditedBatch
 from rlhub.algorithm.scoring import token_log_probs
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config.schema import AlgorithmConfig
 from rlhub.networks.lora import training_state
 from rlhub.noise import Noise
-from rlhub.types import Batch, LogLikelihood, Receipt, Views
+from rlhub.types import LogLikelihood, Receipt, Views
 from rlhub.views._rows import fit_blocks
 from workers.sync import load_buckets, receipt_of
 
@@ -54,14 +54,14 @@ class Scorer:
         return {index: token_log_probs(self.network, views[index], self.micro_batch_tokens, self.device) for index in indices}
 
     def estimate(
-        self, algorithm: AlgorithmConfig, run_seed: int, batch: Batch, first: int = 0, stride: int = 1
+        self, algorithm: AlgorithmConfig, run_seed: int, credited: CreditedBatch, first: int = 0, stride: int = 1
     ) -> dict[int, LogLikelihood]:
         """The reference's estimates for a batch through the noise that the algorithm gives it, by index of the sets of views.
 
         The views are made here, from the same keys as the learner's.
         """
         parts = Algorithm.compose(algorithm)
-        credit, noise, batch = parts.credit(batch), Noise(run_seed), fit_blocks(batch, self.network)
+        credit, noise, batch = credited.credit, Noise(run_seed), fit_blocks(credited.batch, self.network)
         found = {}
         for index in range(first, parts.num_views, stride):
             views = parts.make_views(batch, credit, noise, index, parts.reference_noise)

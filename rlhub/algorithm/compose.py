@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,17 @@ class LogProbs:
     policy: Tensor
     proximal: Tensor | None = None
     reference: Tensor | LogLikelihood | None = None
+
+
+@dataclass(frozen=True)
+class CreditedBatch:
+    """A batch with what the reward says of its samples, computed once and handed to whoever makes views or losses of it."""
+
+    batch: Batch
+    credit: Credit
+
+    def __len__(self) -> int:
+        return len(self.batch)
 
 
 @dataclass(frozen=True)
@@ -103,12 +114,17 @@ class Algorithm:
     def credit(self, batch: Batch) -> Credit:
         module, config = self.advantage
         rewards = batch.rewards if batch.step_rewards is None else batch.step_rewards
-        return module.assign(rewards, batch, config)
+        return cast(Credit, module.assign(rewards, batch, config))
+
+    def credited(self, batch: Batch) -> CreditedBatch:
+        """A batch with its credit."""
+        return CreditedBatch(batch, self.credit(batch))
 
     def make_views(self, batch: Batch, credit: Credit, noise: Noise, update: int, purpose: str = "views") -> Views:
         """The views of one inner update; the same for all of them unless `fresh_views: update`."""
         module, config = self.views
-        return module.make(batch, credit, config, noise.stream(purpose), update if self.config.fresh_views == "update" else 0)
+        fresh = update if self.config.fresh_views == "update" else 0
+        return cast(Views, module.make(batch, credit, config, noise.stream(purpose), fresh))
 
     @property
     def num_views(self) -> int:
@@ -145,6 +161,7 @@ class Algorithm:
         """The scalar to minimise over the global batch, and its metrics."""
         module, config = self.objective
         if self.corrects:
+            assert scores.behavior is not None, "`scores` recorded it"
             weights = correction_weights((scores.proximal or scores.policy).detach(), scores.behavior, self.config.correction_cap)
             loss, metrics = module.loss(scores, weighted_credit(credit, weights), config)
             metrics |= correction_metrics(weights[credit.valid], self.config.correction_cap)
@@ -153,6 +170,7 @@ class Algorithm:
         kl = self.config.kl
         if kl.coefficient > 0:
             other = scores.reference if kl.against == "reference" else scores.behavior
+            assert other is not None, f"the checks of recipes see to it that there is a {kl.against}"
             penalty = mean_penalty(kl.kind, kl.normalize, scores.policy, other, credit)
             metrics["kl"] = penalty.item()
             loss = loss + kl.coefficient * penalty
@@ -178,13 +196,14 @@ class Algorithm:
 
     def _recorded(self, views: Views, batch: Batch, credit: Credit) -> LogLikelihood:
         """The estimate from the log-probs that the rollouts recorded."""
+        assert batch.logp_model is not None, "batches of rollouts hold what the rollouts recorded"
         recorded = torch.stack([_padded(row, views.canvas_length) for row in batch.logp_model])
         return self.estimate(recorded[views.score_sample, views.score_token], views, credit)
 
     def estimate(self, log_prob: Tensor, views: Views, credit: Credit) -> LogLikelihood:
         """Log-likelihoods in float64 from token log-probs `[M]`."""
         module, config = self.likelihood
-        return module.estimate(log_prob.double(), views, credit, config)
+        return cast(LogLikelihood, module.estimate(log_prob.double(), views, credit, config))
 
 
 def _restricted(credit: Credit, on: str) -> Credit:

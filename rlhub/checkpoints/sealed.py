@@ -22,6 +22,11 @@ def checkpoint_name(phase: Phase, step: int) -> str:
     return f"step_{step:05d}" if phase is Phase.ONLINE else f"{phase}_step_{step:05d}"
 
 
+def checkpoint_folder(run: Path, phase: Phase, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return run / "checkpoints" / checkpoint_name(phase, step)
+
+
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """Seal a checkpoint: sizes and hashes of its files, written last and moved into place."""
     files = {

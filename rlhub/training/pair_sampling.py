@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from rlhub.algorithm.batching import grade_of
 from rlhub.checkpoints.sealed import recipe_of_run, resolve_model_path
 from rlhub.config.recipe import load_recipe, validate
 from rlhub.config.schema import Recipe
@@ -18,7 +19,7 @@ from rlhub.phases import Phase
 from rlhub.records.progress import RunProgress
 from rlhub.tasks import load_task
 from rlhub.training.grading import grade
-from rlhub.training.rollouts import evaluation_settings, generate, issue
+from rlhub.training.rollouts import evaluation_settings, issue
 
 PROMPTS_AT_ONCE = 64
 
@@ -58,11 +59,12 @@ def sample_pairs(
                 size = min(PROMPTS_AT_ONCE, num_prompts - first)
                 group_size = recipe.algorithm.completions_per_prompt
                 issued = issue(task, tokenizer, Phase.SAMPLE, first // PROMPTS_AT_ONCE, first, size, group_size)
-                rollouts = generate(crew, issued, evaluation_settings(recipe.sampler, 1.0))
+                rollouts = crew.generators.generate(issued.requests, evaluation_settings(recipe.sampler, 1.0), crew.version)
                 rollouts, texts = grade(crew, issued, rollouts, tokenizer, recipe.reward_pool.batch_size)
                 for start in range(0, len(rollouts), group_size):
                     group = range(start, start + group_size)
-                    values = np.array([rollouts[one].reward.value if rollouts[one].reward.valid else np.nan for one in group])
+                    grades = [grade_of(rollouts[one]) for one in group]
+                    values = np.array([grade.value if grade.valid else np.nan for grade in grades])
                     found = best_and_worst(values)
                     if isinstance(found, str):
                         counts[found] += 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from rlhub.noise import Noise, sample_uid
 from rlhub.phases import Phase
 from rlhub.tasks import Task
 from rlhub.types import NEVER, Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def family_weight(model_path: Path) -> str:
@@ -108,7 +111,7 @@ def cut_at_random(batch: Batch, share: float, noise: Noise, step: int) -> Batch:
     return replace(batch, span=np.minimum(batch.span, 1 + min(int(where * longest), longest - 1)))
 
 
-def demonstration_batch(task: Task, tokenizer: Any, recipe: Recipe, step: int) -> Batch:
+def demonstration_batch(task: Task, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int) -> Batch:
     """The supervised batch of one step (1-based): demonstrations followed by EOS up to the canvas length.
 
     Raises:

@@ -21,6 +21,7 @@ from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.training.rollouts import Issued, RolloutQueue
 from rlhub.training.run import train
 from rlhub.types import Request, Rollout
+from workers.crew import GeneratorPool
 from workers.generator import StaleWeights
 from workers.runtimes.runtime import LocalFuture, LocalHandle, LocalRuntime, Resources
 from workers.supervisor import Pool
@@ -43,9 +44,9 @@ class InTurn(LocalRuntime):
         self.queues: dict[str, list[tuple[LocalFuture, Callable[[], Any]]]] = {}
         self.restarted: list[str] = []
 
-    def submit(self, handle: LocalHandle, method: str, *args: Any, concurrent: bool = False) -> LocalFuture:
+    def submit(self, handle: LocalHandle, method: Callable[..., Any], *args: Any, concurrent: bool = False) -> LocalFuture:
         future = LocalFuture()
-        self.queues.setdefault(handle.name, []).append((future, lambda: getattr(handle.worker, method)(*args)))
+        self.queues.setdefault(handle.name, []).append((future, lambda: getattr(handle.worker, method.__name__)(*args)))
         return future
 
     def wait(self, futures: list[LocalFuture], timeout: float | None) -> list[LocalFuture]:
@@ -102,7 +103,7 @@ def pieces(text: str) -> list[tuple[str]]:
 
 def test_work_in_the_background_is_handed_out_at_once_and_done_in_order() -> None:
     pool, calls = pool_of([], [])
-    works = [pool.begin("work", pieces(text)) for text in ("ab", "cd", "ef")]
+    works = [pool.begin(Scripted.work, pieces(text)) for text in ("ab", "cd", "ef")]
     assert calls == [] and [len(queue) for queue in pool.runtime.queues.values()] == [3, 3], "each worker has a piece of each"
     assert pool.collect(works[1]) == ["C", "D"], "in any order"
     assert [piece for name, piece in calls if name == "worker-0"][:2] == ["a", "c"]
@@ -112,20 +113,20 @@ def test_work_in_the_background_is_handed_out_at_once_and_done_in_order() -> Non
 
 def test_settling_waits_for_everything_and_keeps_results() -> None:
     pool, calls = pool_of([], [])
-    works = [pool.begin("work", pieces(text)) for text in ("abc", "d")]
+    works = [pool.begin(Scripted.work, pieces(text)) for text in ("abc", "d")]
     pool.settle()
     assert len(calls) == 4 and [pool.collect(work) for work in works] == [["A", "B", "C"], ["D"]]
     pool.settle()
-    assert pool.collect(pool.begin("work", [])) == []
+    assert pool.collect(pool.begin(Scripted.work, [])) == []
 
 
 def test_a_lost_worker_returns_the_calls_of_all_its_works_and_only_what_it_ran_was_tried() -> None:
     failures = [WorkerLost("killed")] * 3
     pool, calls = pool_of(failures, attempts=2)
     works = [
-        pool.begin("work", pieces("a"), lambda index, error: "gave up"),
-        pool.begin("work", pieces("b")),
-        pool.begin("work", pieces("c")),
+        pool.begin(Scripted.work, pieces("a"), lambda index, error: "gave up"),
+        pool.begin(Scripted.work, pieces("b")),
+        pool.begin(Scripted.work, pieces("c")),
     ]
     assert pool.collect(works[0]) == ["gave up"], "killed its worker twice"
     assert [pool.collect(work) for work in works[1:]] == [["B"], ["C"]], "b killed it once, c waited behind both"
@@ -134,8 +135,8 @@ def test_a_lost_worker_returns_the_calls_of_all_its_works_and_only_what_it_ran_w
 
 def test_the_other_worker_takes_over_what_was_in_flight() -> None:
     pool, calls = pool_of([WorkerLost("killed")], [])
-    pool.runtime.ping = lambda handle: pool.runtime.submit(SimpleNamespace(name="rebuilding", worker=Gone()), "answer")
-    works = [pool.begin("work", pieces("ab")), pool.begin("work", pieces("cd"))]
+    pool.runtime.ping = lambda handle: pool.runtime.submit(SimpleNamespace(name="rebuilding", worker=Gone()), Gone.answer)
+    works = [pool.begin(Scripted.work, pieces("ab")), pool.begin(Scripted.work, pieces("cd"))]
     assert [pool.collect(work) for work in works] == [["A", "B"], ["C", "D"]]
     assert [name for name, _ in calls].count("worker-0") == 1 and pool.num_lost == 1
 
@@ -147,11 +148,11 @@ class Gone:
 
 def test_an_error_waits_for_whoever_collects_its_work() -> None:
     pool, _ = pool_of([DataError("row 7 is bad")])
-    bad, good = pool.begin("work", pieces("ab")), pool.begin("work", pieces("c"))
+    bad, good = pool.begin(Scripted.work, pieces("ab")), pool.begin(Scripted.work, pieces("c"))
     assert pool.collect(good) == ["C"]
     with pytest.raises(DataError, match="row 7"):
         pool.collect(bad)
-    assert pool.map("work", pieces("d")) == ["D"]
+    assert pool.map(Scripted.work, pieces("d")) == ["D"]
 
 
 def test_time_spent_behind_other_calls_does_not_count_as_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,11 +169,11 @@ def test_time_spent_behind_other_calls_does_not_count_as_hanging(monkeypatch: py
             return super().wait(futures, timeout) if self.looks % 6 == 0 else []
 
     pool, calls = pool_of([], runtime=Slow(), deadline=8.0)
-    works = [pool.begin("work", pieces(text)) for text in "abcd"]
+    works = [pool.begin(Scripted.work, pieces(text)) for text in "abcd"]
     assert [pool.collect(work) for work in works] == [["A"], ["B"], ["C"], ["D"]] and pool.runtime.restarted == [] and len(calls) == 4
     pool, _ = pool_of([], runtime=Slow(), deadline=4.0, attempts=1)
     with pytest.raises(WorkerHung, match="hung for more than 4 s"):
-        pool.map("work", pieces("a"))
+        pool.map(Scripted.work, pieces("a"))
 
 
 # ------------------------------------------------------------------------------------------------- weights of each batch
@@ -206,7 +207,7 @@ def request(step: int) -> Issued:
 
 def pipeline(ahead: int, num_steps: int) -> tuple[RolloutQueue, SimpleNamespace, list]:
     runtime, calls = InTurn(), []
-    generators = Pool(runtime, [runtime.spawn("generator-0", Versioned, Resources(), calls=calls)])
+    generators = GeneratorPool(runtime, [runtime.spawn("generator-0", Versioned, Resources(), calls=calls)])
     crew = SimpleNamespace(generators=generators, version=0, runtime=runtime)
     generators.refresh = lambda handle: handle.worker.adopt(crew.version)
     return RolloutQueue(crew, request, SamplerConfig(), ahead, num_steps), crew, calls

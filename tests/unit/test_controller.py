@@ -33,7 +33,8 @@ from rlhub.training.rollouts import issue
 from rlhub.training.run import train
 from rlhub.training.session import Session, StopRequest
 from rlhub.types import Receipt, RewardResult, Rollout
-from workers.generator import StaleWeights
+from workers.crew import GeneratorPool, GraderPool, LearnerGroup, ScorerGroup
+from workers.generator import Generator, StaleWeights
 from workers.placement import Crew, assemble, gather
 from workers.reward import RewardWorker
 from workers.runtimes.runtime import LocalRuntime, Resources
@@ -361,35 +362,35 @@ def scripted_pool(runtime: LocalRuntime, *scripts: list, **options: object) -> t
 @pytest.mark.parametrize("runtime", [LocalRuntime, Late])
 def test_results_come_in_order_whoever_finishes_first(runtime: type) -> None:
     pool, calls = scripted_pool(runtime(), [], [], [])
-    assert pool.map("work", [(number,) for number in range(7)]) == [f"done {number}" for number in range(7)]
+    assert pool.map(Scripted.work, [(number,) for number in range(7)]) == [f"done {number}" for number in range(7)]
     assert sorted(piece for _, piece in calls) == list(range(7)) and {name for name, _ in calls} == {"worker-0", "worker-1", "worker-2"}
-    assert pool.map("work", []) == []
+    assert pool.map(Scripted.work, []) == []
 
 
 def test_a_lost_piece_is_done_again() -> None:
     pool, calls = scripted_pool(LocalRuntime(), [WorkerLost("killed")], [])
-    assert pool.map("work", [("a",), ("b",), ("c",)]) == ["done a", "done b", "done c"]
+    assert pool.map(Scripted.work, [("a",), ("b",), ("c",)]) == ["done a", "done b", "done c"]
     assert sorted(piece for _, piece in calls) == ["a", "a", "b", "c"] and pool.num_lost == 1
 
 
 def test_a_piece_that_kills_its_workers_is_given_up_or_raised() -> None:
     failures = [WorkerLost("killed")] * 3
     pool, calls = scripted_pool(LocalRuntime(), failures)
-    assert pool.map("work", [("a",), ("b",)], give_up=lambda index, error: f"gave up {index}: {error}")[1] in (
+    assert pool.map(Scripted.work, [("a",), ("b",)], give_up=lambda index, error: f"gave up {index}: {error}")[1] in (
         "done b",
         "gave up 1: killed",
     )
     assert len(calls) <= 6
     pool, calls = scripted_pool(LocalRuntime(), [WorkerLost("one"), WorkerLost("two"), WorkerLost("three")])
     with pytest.raises(WorkerLost, match="three"):
-        pool.map("work", [("a",)])
+        pool.map(Scripted.work, [("a",)])
     assert len(calls) == 3
 
 
 def test_an_error_of_the_work_itself_is_raised_at_once() -> None:
     pool, calls = scripted_pool(LocalRuntime(), [DataError("row 7 is bad")])
     with pytest.raises(DataError, match="row 7"):
-        pool.map("work", [("a",)])
+        pool.map(Scripted.work, [("a",)])
     assert len(calls) == 1
 
 
@@ -397,7 +398,7 @@ def test_stale_workers_are_brought_up_to_date_and_keep_their_piece() -> None:
     refreshed: list[str] = []
     pool, _ = scripted_pool(LocalRuntime(), [StaleWeights("old")] * 4)
     pool.refresh = lambda handle: refreshed.append(handle.name)
-    assert pool.map("work", [("a",)]) == ["done a"] and refreshed == ["worker-0"] * 4 and pool.num_lost == 0
+    assert pool.map(Scripted.work, [("a",)]) == ["done a"] and refreshed == ["worker-0"] * 4 and pool.num_lost == 0
 
 
 def test_a_worker_that_dies_while_it_is_brought_up_to_date_is_tried_again() -> None:
@@ -409,7 +410,7 @@ def test_a_worker_that_dies_while_it_is_brought_up_to_date_is_tried_again() -> N
             raise WorkerLost("killed again")
 
     pool, _ = scripted_pool(LocalRuntime(), [StaleWeights("old"), StaleWeights("old")], refresh=refresh)
-    assert pool.map("work", [("a",)]) == ["done a"] and len(attempts) == 2 and pool.num_lost == 1
+    assert pool.map(Scripted.work, [("a",)]) == ["done a"] and len(attempts) == 2 and pool.num_lost == 1
 
 
 class Rebuilding(LocalRuntime):
@@ -420,7 +421,7 @@ class Rebuilding(LocalRuntime):
 
     def ping(self, handle: object) -> object:
         self.pings += 1
-        return super().submit(SimpleNamespace(name="ping", worker=self), "_answer")
+        return super().submit(SimpleNamespace(name="ping", worker=self), Rebuilding._answer)
 
     def _answer(self) -> int:
         if self.pings <= self.silent_for:
@@ -431,7 +432,7 @@ class Rebuilding(LocalRuntime):
 def test_a_worker_gets_no_work_while_it_is_rebuilt() -> None:
     runtime = Rebuilding()
     pool, calls = scripted_pool(runtime, [WorkerLost("killed")])
-    assert pool.map("work", [("a",)]) == ["done a"]
+    assert pool.map(Scripted.work, [("a",)]) == ["done a"]
     assert len(calls) == 2 and runtime.pings == 4
 
 
@@ -440,7 +441,7 @@ def test_a_pool_whose_workers_stay_away_gives_up() -> None:
     runtime.silent_for = 10**9
     pool, _ = scripted_pool(runtime, [WorkerLost("killed")], patience=0.2)
     with pytest.raises(WorkerLost, match=r"none of worker-0 came back within 0\.2 s"):
-        pool.map("work", [("a",)])
+        pool.map(Scripted.work, [("a",)])
 
 
 def test_a_hanging_worker_is_ended_and_its_piece_done_elsewhere() -> None:
@@ -454,10 +455,10 @@ def test_a_hanging_worker_is_ended_and_its_piece_done_elsewhere() -> None:
             ended.append(handle.name)
 
     pool, _ = scripted_pool(Hanging(), [], [], deadline=0.05)
-    assert pool.map("work", [("hang",), ("b",)]) == ["done hang", "done b"] and ended == ["worker-0"]
+    assert pool.map(Scripted.work, [("hang",), ("b",)]) == ["done hang", "done b"] and ended == ["worker-0"]
     ended.clear()
     pool, _ = scripted_pool(Hanging(), [], deadline=0.05, attempts=1)
-    assert isinstance(pool.map("work", [("hang",)], give_up=lambda index, error: error)[0], WorkerHung)
+    assert isinstance(pool.map(Scripted.work, [("hang",)], give_up=lambda index, error: error)[0], WorkerHung)
 
 
 def test_grades_of_a_batch_survive_the_completion_that_kills_its_grader(tiny: Callable[..., Recipe]) -> None:
@@ -465,7 +466,7 @@ def test_grades_of_a_batch_survive_the_completion_that_kills_its_grader(tiny: Ca
     recipe = tiny()
     issued = issue(load_task("sort", recipe.task.train, "train", 0), tokenizer, Phase.ONLINE, 1, 0, 10, 1)
     runtime, calls = LocalRuntime(), []
-    graders = Pool(runtime, [runtime.spawn("reward-0", Scripted, Resources(), label="reward-0", calls=calls, script=[])], attempts=2)
+    graders = GraderPool(runtime, [runtime.spawn("reward-0", Scripted, Resources(), label="reward-0", calls=calls, script=[])], attempts=2)
     poisonous = SimpleNamespace(
         eos_token_id=tokenizer.eos_token_id, decode=lambda ids, skip_special_tokens: "poison" if ids[0] == 5 else "1 2"[: ids[0] % 3 + 1]
     )
@@ -490,8 +491,8 @@ def test_the_first_failure_of_several_is_raised_and_a_death_explains_the_others(
     died = runtime.spawn("learner-1", Scripted, Resources(), label="b", calls=[], script=[WorkerLost("learner-1 died")])
     peer = runtime.spawn("learner-0", Scripted, Resources(), label="a", calls=[], script=[RuntimeError("connection closed by peer")])
     with pytest.raises(WorkerLost, match="learner-1"):
-        gather(runtime, [runtime.submit(peer, "work", 0), runtime.submit(died, "work", 0)])
-    assert gather(runtime, [runtime.submit(peer, "work", number) for number in range(3)]) == ["done 0", "done 1", "done 2"]
+        gather(runtime, [runtime.submit(peer, Scripted.work, 0), runtime.submit(died, Scripted.work, 0)])
+    assert gather(runtime, [runtime.submit(peer, Scripted.work, number) for number in range(3)]) == ["done 0", "done 1", "done 2"]
 
 
 class Recording:
@@ -560,10 +561,10 @@ def test_a_step_asks_every_role_in_turn(tiny: Callable[..., Recipe], tmp_path: P
     learners, config = spawn("learner", 2), recipe.weights
     crew = Crew(
         runtime,
-        learners,
-        spawn("scorer", 2),
-        Pool(runtime, spawn("generator", 2)),
-        Pool(runtime, spawn("reward")),
+        LearnerGroup(runtime, learners),
+        ScorerGroup(runtime, spawn("scorer", 2)),
+        GeneratorPool(runtime, spawn("generator", 2)),
+        GraderPool(runtime, spawn("reward")),
         Transport(runtime, learners, config),
         2**20,
     )
@@ -595,7 +596,7 @@ def test_a_step_asks_every_role_in_turn(tiny: Callable[..., Recipe], tmp_path: P
     # A generator that lost its weights between two steps is served the last version.
     crew.generators.handles[0].worker.version = -1
     issued = issue(task, tokenizer, Phase.ONLINE, 3, 0, 4, 4)
-    assert len(crew.generators.map("generate", [(issued.requests, recipe.sampler, crew.version)])[0]) == 16
+    assert len(crew.generators.map(Generator.generate, [(issued.requests, recipe.sampler, crew.version)])[0]) == 16
     assert crew.generators.handles[0].worker.version == crew.version == 2
 
 
