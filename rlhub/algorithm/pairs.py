@@ -49,11 +49,11 @@ class Pairs:
 
     @property
     def group_size(self) -> int:
-        return self.rewards.shape[1]
+        return int(self.rewards.shape[1])
 
-    def batch(self, which: Sequence[int], epoch: int = 0) -> Batch:
+    def batch(self, which: Sequence[int] | np.ndarray, epoch: int = 0) -> Batch:
         """The pairs of the given indices in ascending order, as groups of `group_size` samples."""
-        which = sorted(which)
+        which = sorted(map(int, which))
         size = self.group_size
         responses = [response for index in which for response in self.responses[index]]
         length = np.array([len(response) for response in responses])
@@ -157,7 +157,8 @@ def source_config(recipe: Recipe) -> Config:
     """
     import rlhub.tasks.preferences as module
 
-    return part_config(module, recipe.pairs.data or recipe.task.train)
+    config: Config = part_config(module, recipe.pairs.data or recipe.task.train)
+    return config
 
 
 def pair_order(recipe: Recipe, num_pairs: int) -> PairOrder:

@@ -326,7 +326,8 @@ def _check_parts(recipe: Recipe) -> None:
         raise KeyedError(f"no folder {recipe.model.path!r}{_similar_folders(Path(recipe.model.path))}", "model.path")
     values = asdict(recipe)
     for folder, name_key, option_keys in PARTS:
-        name, options = _select(values, name_key), {}
+        name = _select(values, name_key)
+        options: dict[str, Any] = {}
         if folder == "rewards" and name == "none":
             continue
         if folder == "rewards" and isinstance(name, str) and ":" in name:

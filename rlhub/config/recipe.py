@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -52,7 +52,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         except KeyedError as error:
             raise _located(error, origins) from error
     try:
-        recipe = OmegaConf.to_object(config)
+        recipe = cast(Recipe, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         raise _located(KeyedError(f"{one_line(error)}; write a plain value", error.full_key or ""), origins) from error
     validate(recipe, origins)

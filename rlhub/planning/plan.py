@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from rlhub.algorithm.compose import Algorithm
+    from rlhub.networks.decoder import Decoder
 
 PROMPTS_READ = 64  # training prompts that the token counts are taken from
 CHARACTERS_PER_TOKEN = 4  # of English text, where no tokenizer is at hand
@@ -162,7 +163,7 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
-def meta_network(model: ModelConfig, vocab_size: int | None = None) -> nn.Module:
+def meta_network(model: ModelConfig, vocab_size: int | None = None) -> Decoder:
     """The network without memory, from the checkpoint's config.json where there is one, else from `model.config`.
 
     Args:
@@ -188,9 +189,9 @@ def meta_network(model: ModelConfig, vocab_size: int | None = None) -> nn.Module
 
 def format_plan(plan: Plan) -> str:
     """The plan as plain text."""
-    console = Console(file=StringIO(), width=120, color_system=None)
-    console.print(plan_view(plan))
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+    text = StringIO()
+    Console(file=text, width=120, color_system=None).print(plan_view(plan))
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
 def plan_view(plan: Plan) -> Group:
