@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from rewards import Item
 from rlhub.algorithm.compose import CreditedBatch
@@ -25,13 +24,14 @@ from rlhub.types import LogLikelihood, Receipt, Request, RewardResult, Rollout, 
 from workers.generator import Generator
 from workers.learner import Learner, Reference
 from workers.reward import RewardWorker
-from workers.runtimes.runtime import Future, Handle, Runtime, value_of
+from workers.runtimes.runtime import Future, Handle, Runtime, T, Ts, value_of
 from workers.scorer import Scorer
 from workers.supervisor import Pool, Work
 from workers.transports import Receiver, WeightTransport
 
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 Sent: TypeAlias = T | Future[T]
 
 
@@ -47,6 +47,7 @@ class LearnerGroup:
     handles: list[Handle[Learner]]
 
     def begin(self, algorithm: AlgorithmConfig, optimizer: OptimizerConfig, total_updates: int, model_path: str | None = None) -> None:
+        """See `Learner.begin`."""
         self._all(Learner.begin, algorithm, optimizer, total_updates, model_path)
 
     def make_views(self, batch: Sent[CreditedBatch]) -> Future[list[Views]]:
@@ -56,6 +57,7 @@ class LearnerGroup:
     def step(
         self, batch: Sent[CreditedBatch], views: Sent[list[Views]] | None = None, reference: Sequence[Sent[Reference]] = ()
     ) -> dict[str, float]:
+        """All inner updates on a batch, see `Learner.step`; the metrics of the last."""
         return self.finish_step(self.begin_step(batch, views, reference))
 
     def begin_step(
@@ -70,18 +72,23 @@ class LearnerGroup:
         return gather(self.runtime, steps)[0]
 
     def estimate(self, algorithm: AlgorithmConfig, batch: Sent[CreditedBatch], base: bool = False) -> LogLikelihood:
+        """The policy's estimate, see `Learner.estimate`."""
         return self._all(Learner.estimate, algorithm, value_of(batch), base)
 
     def replay_check(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """See `Learner.replay_check`."""
         return self._all(Learner.replay_check, rollouts)
 
     def receipt(self, version: int, bucket_bytes: int) -> Receipt:
+        """What a receiver of the weights must hold."""
         return self._all(Learner.receipt, version, bucket_bytes)
 
     def save(self, folder: str, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Write the optimizer state and the weights, see `Learner.save`."""
         self._all(Learner.save, folder, tokenizer)
 
     def load(self, folder: str) -> None:
+        """Continue from what `save` wrote."""
         self._all(Learner.load, folder)
 
     def leave(self) -> None:
@@ -102,9 +109,11 @@ class ScorerGroup:
     handles: list[Handle[Scorer]]
 
     def load(self, model_path: str) -> None:
+        """Take the weights of a model folder as the reference."""
         gather(self.runtime, [self.runtime.submit(handle, Scorer.load, model_path) for handle in self.handles])
 
     def save(self, folder: str) -> None:
+        """Write the reference as a model folder."""
         self.runtime.get(self.runtime.submit(self.handles[0], Scorer.save, folder))
 
     def score(self, views: Sent[list[Views]]) -> list[Future[dict[int, Tensor]]]:
@@ -126,6 +135,7 @@ class ScorerGroup:
         return self.runtime.submit(self.handles[worker % len(self.handles)], Scorer.estimate, algorithm, run_seed, batch, 0, 1)
 
     def collect(self, estimates: Sequence[Future[T]]) -> list[T]:
+        """The values of estimates that were begun."""
         return gather(self.runtime, estimates)
 
     def _numbered(self) -> list[tuple[int, Handle[Scorer]]]:

@@ -14,16 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, TypeVarTuple
+from typing import Any, Generic
 
 from rlhub.errors import WorkerHung, WorkerLost
 from workers.generator import StaleWeights
-from workers.runtimes.runtime import Future, Handle, Runtime
+from workers.runtimes.runtime import Future, Handle, Runtime, T, Ts, W
 
 log = logging.getLogger("rlhub")
-W = TypeVar("W")
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
 
 
 @dataclass(eq=False)

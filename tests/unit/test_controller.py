@@ -593,6 +593,8 @@ def test_a_step_asks_every_role_in_turn(tiny: Callable[..., Recipe], tmp_path: P
     assert [args[1:] for role, method, args in second if method == "score"] == [(0, 2), (1, 2)]
     batch, views, *reference = second[-1][2]
     assert len(batch) == 16 and views == ["views"] and len(reference) == 2
+    received = [args[0] for _, method, args in second if method in ("make_views", "step")]
+    assert all(one is batch for one in received) and batch.credit.advantages.shape == (16,), "the credit is computed once, with the batch"
     # A generator that lost its weights between two steps is served the last version.
     crew.generators.handles[0].worker.version = -1
     issued = issue(task, tokenizer, Phase.ONLINE, 3, 0, 4, 4)
