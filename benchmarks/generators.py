@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,21 +24,21 @@ from tqdm import tqdm
 from rlhub.checkpoints.weights import save_network
 from rlhub.config.schema import SamplerConfig
 from rlhub.models import llada
-from rlhub.training.rollouts import Issued, generate
 from rlhub.types import Request
+from workers.crew import GeneratorPool
 from workers.generator import Generator
 from workers.runtimes.ray_runtime import RayRuntime
 from workers.runtimes.runtime import Resources
-from workers.supervisor import Pool
 
+FOLDER_VERSION = -1  # the weights of the model folder
 SHARE = 0.9  # of the ideal ratio, at least
 PROMPT, CANVAS, BLOCK, STEPS = 64, 64, 32, 16
 CONFIG = llada.Config(d_model=256, n_layers=6, n_heads=8, mlp_hidden_size=704, vocab_size=8192)
 
 
-def batch(number: int, size: int) -> Issued:
+def batch(number: int, size: int) -> list[Request]:
     tokens = np.random.default_rng(number).integers(2, CONFIG.vocab_size - 8, (size, PROMPT)).astype(np.int32)
-    return Issued([Request(number << 16 | row, row, prompt) for row, prompt in enumerate(tokens)], [])
+    return [Request(number << 16 | row, row, prompt) for row, prompt in enumerate(tokens)]
 
 
 def main() -> None:
@@ -59,20 +58,18 @@ def main() -> None:
             runtime.spawn(f"generator-{index}", Generator, demand, model_path=folder, run_seed=0, threads=1)
             for index in range(options.generators)
         ]
-        crews = {
-            count: SimpleNamespace(generators=Pool(runtime, handles[:count]), version=-1) for count in (1, options.generators)
-        }  # -1: the weights of the folder
-        for crew in crews.values():
-            generate(crew, batch(0, options.batch), settings)
-        seconds, samples = dict.fromkeys(crews, 0.0), dict.fromkeys(crews, 0)
+        pools = {count: GeneratorPool(runtime, handles[:count]) for count in (1, options.generators)}
+        for pool in pools.values():
+            pool.generate(batch(0, options.batch), settings, FOLDER_VERSION)
+        seconds, samples = dict.fromkeys(pools, 0.0), dict.fromkeys(pools, 0)
         number = 0
-        with tqdm(total=round(options.seconds * len(crews)), unit="s", disable=None) as bar:
+        with tqdm(total=round(options.seconds * len(pools)), unit="s", disable=None) as bar:
             while min(seconds.values()) < options.seconds:
                 number += 1
                 tokens = {}
-                for count in sorted(crews, reverse=number % 2 == 0):
+                for count in sorted(pools, reverse=number % 2 == 0):
                     started = time.perf_counter()
-                    rollouts = generate(crews[count], batch(number, options.batch), settings)
+                    rollouts = pools[count].generate(batch(number, options.batch), settings, FOLDER_VERSION)
                     spent = time.perf_counter() - started
                     seconds[count] += spent
                     samples[count] += len(rollouts)
@@ -81,7 +78,7 @@ def main() -> None:
                 if len(np.unique(np.stack(list(tokens.values())), axis=0)) > 1:
                     sys.exit(f"batch {number}: the generators made other tokens than one alone")
         runtime.close()
-    rate = {count: samples[count] / seconds[count] for count in crews}
+    rate = {count: samples[count] / seconds[count] for count in pools}
     ratio = rate[options.generators] / rate[1]
     result = {
         "generators": options.generators,

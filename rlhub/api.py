@@ -38,7 +38,6 @@ from rlhub.noise import Noise
 from rlhub.parts import did_you_mean, load_part
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.types import Batch, Credit, LogLikelihood, RewardResult, Rollout, Scores, Views
-from rlhub.views._rows import fit_blocks
 
 __all__ = [
     "Algorithm",
@@ -163,7 +162,7 @@ def make_batch(
         for row, (rollout, reward) in enumerate(zip(rollouts, rewards, strict=True))
     ]
     config = algorithm.config
-    return batching.make_batch(graded, mask_id=model.mask_id, span=config.length, on_invalid=config.on_invalid)
+    return batching.make_batch(graded, span=config.length, on_invalid=config.on_invalid)
 
 
 def make_views(model: Model, algorithm: Algorithm, batch: Batch, credit: Credit, seed: int, update: int = 0) -> Views:
@@ -173,7 +172,7 @@ def make_views(model: Model, algorithm: Algorithm, batch: Batch, credit: Credit,
         seed: give each step its own.
         update: inner update on the same batch, counted from 0; it matters with `fresh_views: update`.
     """
-    return algorithm.make_views(fit_blocks(batch, model.network), credit, Noise(seed), update)
+    return algorithm.make_views(batch, credit, Noise(seed), update, model.network.profile)
 
 
 def token_log_probs(model: Model, views: Views, max_tokens: int = TOKENS_AT_ONCE) -> Tensor:

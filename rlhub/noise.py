@@ -117,11 +117,8 @@ def from_lower_bounds(bounds: np.ndarray) -> np.ndarray:
     return ((bounds * 2.0**53).astype(np.int64) | 1) * 2.0**-53
 
 
-SFT, ONLINE, EVAL, SAMPLE, PAIRS = range(5)  # the phase field of uids
-
-
 def sample_uid(phase: int, step: int, row: int, member: int) -> int:
-    """The 64-bit uid of one completion: phase (4 bits), step (24), prompt row within the step (24), group member (12).
+    """The 64-bit uid of one completion: phase (4 bits, `Phase.number`), step (24), prompt row within the step (24), group member (12).
 
     Raises:
         ValueError: a field does not fit.

@@ -17,8 +17,8 @@ from rlhub.records.trackers import Trackers
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.training.session import Session, StopRequest
 from rlhub.types import Receipt, RewardResult, Rollout
+from workers.crew import Crew, GeneratorPool, GraderPool, LearnerGroup, ScorerGroup
 from workers.generator import StaleWeights
-from workers.placement import Crew
 from workers.runtimes.runtime import LocalFuture, LocalHandle, LocalRuntime, Resources
 from workers.supervisor import Pool
 from workers.transports.object_store import Transport
@@ -32,9 +32,9 @@ class InTurn(LocalRuntime):
         self.queues: dict[str, list[tuple[LocalFuture, Callable[[], Any]]]] = {}
         self.restarted: list[str] = []
 
-    def submit(self, handle: LocalHandle, method: str, *args: Any, concurrent: bool = False) -> LocalFuture:
+    def submit(self, handle: LocalHandle, method: Callable[..., Any], *args: Any, concurrent: bool = False) -> LocalFuture:
         future = LocalFuture()
-        self.queues.setdefault(handle.name, []).append((future, lambda: getattr(handle.worker, method)(*args)))
+        self.queues.setdefault(handle.name, []).append((future, lambda: getattr(handle.worker, method.__name__)(*args)))
         return future
 
     def wait(self, futures: list[LocalFuture], timeout: float | None) -> list[LocalFuture]:
@@ -156,10 +156,10 @@ def recording_crew(recipe: Recipe, num_learners: int = 1) -> tuple[Crew, list]:
     learners = spawn("learner", num_learners)
     crew = Crew(
         runtime=runtime,
-        learners=learners,
-        scorers=spawn("scorer", roles.scorers),
-        generators=Pool(runtime, spawn("generator", roles.generators)),
-        graders=Pool(runtime, spawn("reward", roles.reward_workers)),
+        learners=LearnerGroup(runtime, learners),
+        scorers=ScorerGroup(runtime, spawn("scorer", roles.scorers)),
+        generators=GeneratorPool(runtime, spawn("generator", roles.generators)),
+        graders=GraderPool(runtime, spawn("reward", roles.reward_workers)),
         transport=Transport(runtime, learners, recipe.weights),
         bucket_bytes=2**20,
     )

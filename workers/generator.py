@@ -17,7 +17,7 @@ from rlhub.noise import Noise
 from rlhub.types import Receipt, Request, Rollout
 from workers.step_gate import StepGate
 from workers.sync import load_buckets, receipt_of
-from workers.transports.collective import GroupMember, receive_state
+from workers.weight_group import GroupMember, receive_state
 
 
 class StaleWeights(RuntimeError):
@@ -64,9 +64,10 @@ class Generator(GroupMember):
         """
         with self.gate.loop():
             self._check_whole()
-            if self.version < version:
+            if self.version is None or self.version < version:
                 raise StaleWeights(f"generator holds version {self.version}, asked for {version}")
-            return self.engine.generate(requests, settings, self.noise, self.version, self._between_steps)
+            rollouts: list[Rollout] = self.engine.generate(requests, settings, self.noise, self.version, self._between_steps)
+            return rollouts
 
     def receive(self, version: int, bucket_bytes: int, *buckets: np.ndarray) -> Receipt:
         """Adopt published weights and return the receipt for what is held now."""
@@ -76,6 +77,7 @@ class Generator(GroupMember):
 
     def receive_broadcast(self, version: int, bucket_bytes: int) -> Receipt:
         """Adopt the weights that the learner broadcasts to the weight group."""
+        assert self.member is not None, "`join_weights` comes first"
         with self._adopting(version):
             receive_state(self.member, training_state(self.network), bucket_bytes)
             return receipt_of(self.network, version, bucket_bytes)

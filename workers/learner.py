@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhub.algorithm.batching import MicroBatch, micro_batches, shard_rows
-from rlhub.algorithm.compose import Algorithm, LogProbs
+from rlhub.algorithm.compose import Algorithm, CreditedBatch, LogProbs
 from rlhub.algorithm.health import health_metrics
 from rlhub.algorithm.replay import choose_states, gap_metrics, recorded, replay_views, replayed_log_probs
 from rlhub.algorithm.routing import auxiliary_loss, freeze_routers, masked_share, once, router_metrics, router_sums
@@ -29,13 +30,18 @@ from rlhub.algorithm.scoring import micro_batch_log_probs
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig, RouterConfig
 from rlhub.errors import RecipeError
+from rlhub.networks.decoder import Decoder
 from rlhub.networks.experts import Routing, record_routing, routers
 from rlhub.networks.lora import adapters_off, has_adapters, training_state
 from rlhub.noise import Noise
-from rlhub.types import Batch, LogLikelihood, Receipt, Rollout, Views
+from rlhub.types import LogLikelihood, Receipt, Rollout, Scores, Views
 from workers.sync import buckets_of, receipt_of
-from workers.transports.collective import GroupMember, open_store, send_state
+from workers.weight_group import GroupMember, open_store, send_state
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Reference = Mapping[int, Tensor | LogLikelihood]  # log-probs [M], or ready estimates, by index of the views
 Routes = dict[MicroBatch, list[Tensor]]  # experts [T, K] of each layer in the forward of a micro-batch
 
 
@@ -68,7 +74,7 @@ class Learner(GroupMember):
         self.noise = Noise(run_seed)
         self.dtype, self.attention = getattr(torch, dtype), attention
         self.network = self._load(model_path)
-        self.algorithm: Algorithm | None = None
+        self.algorithm: Algorithm  # from `begin` on
 
     def rendezvous(self) -> str:
         """Open the place at which the learners meet, `host:port` on this machine; asked of rank 0."""
@@ -107,65 +113,62 @@ class Learner(GroupMember):
         backend = importlib.import_module(f"workers.backends.{self.config.backend}_backend")
         self.backend = backend.Backend(self.network, optimizer, total_updates, self.config)
 
-    def _load(self, model_path: str) -> torch.nn.Module:
+    def _load(self, model_path: str) -> Decoder:
         network = load_network(Path(model_path), self.dtype, self.device, merge_adapter=False)
         network.attention = self.attention
         if self.router.freeze:
             freeze_routers(network)
         return network
 
-    def make_views(self, batch: Batch) -> list[Views]:
+    def make_views(self, credited: CreditedBatch) -> list[Views]:
         """The views of every inner update of a batch; views that do not change between updates are made once."""
-        credit, profile = self.algorithm.credit(batch), self.network.profile
+        batch, credit, profile = credited.batch, credited.credit, self.network.profile
         return [self.algorithm.make_views(batch, credit, self.noise, update, profile) for update in range(self.algorithm.num_views)]
 
-    def estimate(self, algorithm: AlgorithmConfig, batch: Batch, base: bool = False) -> LogLikelihood:
+    def estimate(self, algorithm: AlgorithmConfig, credited: CreditedBatch, base: bool = False) -> LogLikelihood:
         """The policy's estimate for a batch under the first views of an algorithm, which need not be the one that is trained.
 
         Args:
             base: of the base without the adapter instead.
         """
         parts = Algorithm.compose(algorithm)
-        credit = parts.credit(batch)
-        views = parts.make_views(batch, credit, self.noise, 0, self.network.profile)
+        views = parts.make_views(credited.batch, credited.credit, self.noise, 0, self.network.profile)
         with adapters_off(self.network) if base else nullcontext():
-            return parts.estimate(self._all_log_probs(views), views, credit)
+            return parts.estimate(self._all_log_probs(views), views, credited.credit)
 
-    def step(self, batch: Batch, views: list[Views] | None = None, *reference: dict[int, Tensor | LogLikelihood]) -> dict[str, float]:
+    def step(self, credited: CreditedBatch, views: list[Views] | None = None, *reference: Reference) -> dict[str, float]:
         """All inner updates on one batch.
 
         Args:
             views: what `make_views` returned; made here when None.
-            reference: log-probs `[M]` or ready estimates of the reference by index into `views`, in any number of parts.
+            reference: what the reference says of the views, in any number of parts.
 
         Returns:
             Metrics of the last update, with the gradient norm averaged over updates.
         """
-        views = self.make_views(batch) if views is None else views
-        credit = self.algorithm.credit(batch)
+        views = self.make_views(credited) if views is None else views
         references = {index: log_prob for part in reference for index, log_prob in part.items()}
         updates = self.algorithm.config.updates
         which = [update if len(views) > 1 else 0 for update in range(updates)]
         if self.algorithm.needs_reference and self.algorithm.config.reference == "adapter_off":
-            references = {index: self._base_reference(batch, views, index) for index in range(len(views))}
+            references = {index: self._base_reference(credited, views, index) for index in range(len(views))}
         proximal: dict[int, Tensor] = {}
         replay = self.router.replay and bool(routers(self.network))
         routes: dict[int, Routes] = {}
         if self.algorithm.needs_proximal or replay:
             # The first update's proximal policy is the policy itself, unless later updates look through the same views.
             for index in sorted({index for update, index in enumerate(which) if update > 0}):
-                chosen: Routes = {}
-                log_prob = self._all_log_probs(views[index], chosen if replay else None)
-                routes[index] = chosen
+                routes[index] = {}
+                log_prob = self._all_log_probs(views[index], routes[index] if replay else None)
                 if self.algorithm.needs_proximal:
                     proximal[index] = log_prob
         norms = []
         for update, index in enumerate(which):
             fixed, chosen = (proximal.get(index), routes.get(index)) if update > 0 else (None, None)
-            scores, metrics = self._update(batch, views[index], credit, fixed, references.get(index), chosen)
+            scores, metrics = self._update(credited, views[index], fixed, references.get(index), chosen)
             norm, learning_rate = self.backend.step()
             norms.append(norm)
-        metrics |= health_metrics(self.algorithm, scores, credit, batch)
+        metrics |= health_metrics(self.algorithm, scores, credited.credit, credited.batch)
         return metrics | {"grad_norm": float(np.mean(norms)), "learning_rate": learning_rate}
 
     @torch.no_grad()
@@ -181,20 +184,28 @@ class Learner(GroupMember):
             made.append(self.backend.forward(partial(replayed_log_probs, views=views, run=run, states=states, device=self.device)).cpu())
         return gap_metrics(torch.cat(made), recorded(states))
 
-    def _base_reference(self, batch: Batch, views: list[Views], index: int) -> Tensor | LogLikelihood:
+    def _base_reference(self, credited: CreditedBatch, views: list[Views], index: int) -> Tensor | LogLikelihood:
         """What the base without the adapter says, through the policy's noise or its own."""
         with adapters_off(self.network):
             if self.algorithm.config.shared_noise:
                 return self._all_log_probs(views[index])
-            credit = self.algorithm.credit(batch)
-            own = self.algorithm.make_views(batch, credit, self.noise, index, self.network.profile, self.algorithm.reference_noise)
+            batch, credit, profile = credited.batch, credited.credit, self.network.profile
+            own = self.algorithm.make_views(batch, credit, self.noise, index, profile, self.algorithm.reference_noise)
             return self.algorithm.estimate(self._all_log_probs(own), own, credit)
 
-    def _update(self, batch, views, credit, proximal, reference, routes=None):
+    def _update(
+        self,
+        credited: CreditedBatch,
+        views: Views,
+        proximal: Tensor | None,
+        reference: Tensor | LogLikelihood | None,
+        routes: Routes | None = None,
+    ) -> tuple[Scores, dict[str, float]]:
         """Accumulate the gradient of one update."""
         turns = self._turns(views)
         single = len(turns) == 1
-        kept, total = [], None
+        kept: list[tuple[Tensor, list[Routing], bool]] = []
+        total: Tensor | None = None
         with torch.set_grad_enabled(single):
             for run, counts in turns:
                 log_prob, record = self._forward(views, run, routes)
@@ -204,7 +215,7 @@ class Learner(GroupMember):
                 kept.append((log_prob, record if single else [], counts))
         own = torch.cat([log_prob.detach() for log_prob, _, counts in kept if counts]).cpu()
         log_probs = LogProbs(self._gather(own), proximal, reference)
-        coefficient, scores, metrics = self.algorithm.coefficients(log_probs, views, batch, credit)
+        coefficient, scores, metrics = self.algorithm.coefficients(log_probs, views, credited.batch, credited.credit)
         # DeepSpeed averages over ranks while the loss is already the mean over the global batch.
         coefficient = coefficient.float() * self.num_learners
         if total is not None and self.num_learners > 1:
@@ -214,7 +225,7 @@ class Learner(GroupMember):
             log_prob, record, _ = kept[0] if single else (*self._forward(views, run, routes), counts)
             part = coefficient[run.first_score : run.last_score].to(self.device)
             loss = (log_prob * part).sum()
-            if record and balanced:
+            if record and balanced and total is not None:
                 loss = loss + auxiliary_loss(record, total, self.router) * self.num_learners
             self.backend.backward(loss * float(counts))
         if total is not None and self.router.statistics:
@@ -236,7 +247,8 @@ class Learner(GroupMember):
         return router_sums(record, level.to(self.device), targets.to(self.device))
 
     def _log_probs(self, views: Views, run: MicroBatch) -> Tensor:
-        return self.backend.forward(lambda network: micro_batch_log_probs(network, views, run, self.device))
+        log_prob: Tensor = self.backend.forward(lambda network: micro_batch_log_probs(network, views, run, self.device))
+        return log_prob
 
     @torch.no_grad()
     def _all_log_probs(self, views: Views, routes: Routes | None = None) -> Tensor:
@@ -289,6 +301,7 @@ class Learner(GroupMember):
         Raises:
             RuntimeError: a member was lost; this side has left the group.
         """
+        assert self.member is not None, "`join_weights` comes first"
         try:
             with self.backend.full_parameters(trained_only=True):
                 send_state(self.member, training_state(self.network), bucket_bytes)
@@ -306,7 +319,7 @@ class Learner(GroupMember):
         with self.backend.full_parameters():
             return receipt_of(self.network, version, bucket_bytes)
 
-    def save(self, folder: str, tokenizer=None) -> None:
+    def save(self, folder: str, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
         """Write the optimizer state, and on rank 0 the weights in the Hugging Face layout under `hf`."""
         target = Path(folder)
         (target / "learner").mkdir(parents=True, exist_ok=True)

@@ -33,4 +33,4 @@ class RewardWorker:
         So a call with many slow items ends soon, and the rest can be given to another worker.
         """
         results = self.pool.grade(items, budget_seconds=self.config.deadline_seconds)
-        return list(takewhile(lambda result: result is not None, results))
+        return [result for result in takewhile(lambda result: result is not None, results) if result is not None]

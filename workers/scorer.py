@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhub.algorithm.compose import Algorithm
+from rlhub.algorithm.compose import Algorithm, CreditedBatch
 from rlhub.algorithm.scoring import token_log_probs
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config.schema import AlgorithmConfig
 from rlhub.networks.lora import training_state
 from rlhub.noise import Noise
-from rlhub.types import Batch, LogLikelihood, Receipt, Views
+from rlhub.types import LogLikelihood, Receipt, Views
 from workers.sync import load_buckets, receipt_of
 
 
@@ -53,14 +53,14 @@ class Scorer:
         return {index: token_log_probs(self.network, views[index], self.micro_batch_tokens, self.device) for index in indices}
 
     def estimate(
-        self, algorithm: AlgorithmConfig, run_seed: int, batch: Batch, first: int = 0, stride: int = 1
+        self, algorithm: AlgorithmConfig, run_seed: int, credited: CreditedBatch, first: int = 0, stride: int = 1
     ) -> dict[int, LogLikelihood]:
         """The reference's estimates for a batch through the noise that the algorithm gives it, by index of the sets of views.
 
         The views are made here, from the same keys as the learner's.
         """
         parts = Algorithm.compose(algorithm)
-        credit, noise = parts.credit(batch), Noise(run_seed)
+        credit, noise, batch = credited.credit, Noise(run_seed), credited.batch
         found = {}
         for index in range(first, parts.num_views, stride):
             views = parts.make_views(batch, credit, noise, index, self.network.profile, parts.reference_noise)

@@ -14,50 +14,50 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic
 
 from rlhub.errors import WorkerHung, WorkerLost
 from workers.generator import StaleWeights
-from workers.runtimes.runtime import Handle, Runtime
+from workers.runtimes.runtime import Future, Handle, Runtime, T, Ts, W
 
 log = logging.getLogger("rlhub")
 
 
 @dataclass(eq=False)
-class Work:
+class Work(Generic[T]):
     """Pieces that a pool works on; `Pool.collect` gives their results."""
 
-    method: str
+    method: Callable[..., T]
     pieces: Sequence[tuple[Any, ...]]
-    give_up: Callable[[int, WorkerLost], Any] | None
+    give_up: Callable[[int, WorkerLost], T] | None
 
     def __post_init__(self) -> None:
-        self.results: list[Any] = [None] * len(self.pieces)
+        self.answers: dict[int, T] = {}
         self.waiting = deque(range(len(self.pieces)))  # pieces that no worker has
         self.tries = [0] * len(self.pieces)
-        self.missing = len(self.pieces)
         self.error: Exception | None = None
 
     @property
     def done(self) -> bool:
-        return self.missing == 0 or self.error is not None
+        return len(self.answers) == len(self.pieces) or self.error is not None
 
-    def give(self, index: int, result: Any) -> None:
-        self.results[index] = result
-        self.missing -= 1
+    @property
+    def results(self) -> list[T]:
+        """The results, in the order of the pieces."""
+        return [self.answers[index] for index in range(len(self.pieces))]
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    future: Any
-    work: Work
+    future: Future[Any]
+    work: Work[Any]
     index: int
     since: float
 
 
 @dataclass
-class Pool:
-    """Workers of one role.
+class Pool(Generic[W]):
+    """Workers of one role, of class W.
 
     Args:
         refresh: brings a worker up to date that refused work with StaleWeights (a rebuilt generator needs the current weights).
@@ -66,26 +66,28 @@ class Pool:
         patience: seconds that the pool waits for a worker to come back when it has none left.
 
     Example:
-        >>> work = pool.begin("generate", [(requests, settings, version)])  # doctest: +SKIP
+        >>> work = pool.begin(Generator.generate, [(requests, settings, version)])  # doctest: +SKIP
         >>> pool.collect(work)  # doctest: +SKIP
     """
 
     runtime: Runtime
-    handles: list[Handle]
-    refresh: Callable[[Handle], None] = lambda handle: None
+    handles: list[Handle[W]]
+    refresh: Callable[[Handle[W]], None] = lambda handle: None
     deadline: float | None = None
     attempts: int = 3
     patience: float = 120.0
     num_lost: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._works: list[Work] = []  # unfinished, oldest first
+        self._works: list[Work[Any]] = []  # unfinished, oldest first
         self._calls: dict[str, deque[_Call]] = {handle.name: deque() for handle in self.handles}  # of each worker; it runs the first
         self._heard: dict[str, float] = {handle.name: 0.0 for handle in self.handles}  # when each last finished a call
-        self._back: dict[str, Any] = {}  # the ping that a lost worker has yet to answer
+        self._back: dict[str, Future[int]] = {}  # the ping that a lost worker has yet to answer
         self._alone_since: float | None = None  # when the pool had no worker left
 
-    def map(self, method: str, pieces: Sequence[tuple[Any, ...]], give_up: Callable[[int, WorkerLost], Any] | None = None) -> list[Any]:
+    def map(
+        self, method: Callable[[W, *Ts], T], pieces: Sequence[tuple[*Ts]], give_up: Callable[[int, WorkerLost], T] | None = None
+    ) -> list[T]:
         """Results of `method(*piece)` in the order of `pieces`.
 
         Args:
@@ -96,14 +98,16 @@ class Pool:
         """
         return self.collect(self.begin(method, pieces, give_up))
 
-    def begin(self, method: str, pieces: Sequence[tuple[Any, ...]], give_up: Callable[[int, WorkerLost], Any] | None = None) -> Work:
+    def begin(
+        self, method: Callable[[W, *Ts], T], pieces: Sequence[tuple[*Ts]], give_up: Callable[[int, WorkerLost], T] | None = None
+    ) -> Work[T]:
         """Start on what `map` would do and return at once. Lost workers are replaced while anything is collected."""
         work = Work(method, pieces, give_up)
         self._works.append(work)
         self._hand_out()
         return work
 
-    def collect(self, work: Work) -> list[Any]:
+    def collect(self, work: Work[T]) -> list[T]:
         """Wait for the results of `begin`, in the order of its pieces; raises as `map` does."""
         while not work.done:
             self._turn()
@@ -133,7 +137,7 @@ class Pool:
             if call in self._calls[handle.name]:  # else it was taken back with a lost worker
                 self._take(handle, call)
         if not ready and self.deadline is not None:
-            self._end_hanging()
+            self._end_hanging(self.deadline)
         self._works = [work for work in self._works if not work.done]
 
     def _hand_out(self) -> None:
@@ -151,7 +155,7 @@ class Pool:
                 future = self.runtime.submit(handle, work.method, *work.pieces[index])
                 self._calls[handle.name].append(_Call(future, work, index, time.monotonic()))
 
-    def _take(self, handle: Handle, call: _Call) -> None:
+    def _take(self, handle: Handle[W], call: _Call) -> None:
         """Take the result of a call that is done."""
         try:
             result = self.runtime.get(call.future)
@@ -168,18 +172,18 @@ class Pool:
         except Exception as error:  # of the work itself, for whoever collects it
             call.work.error = error
         else:
-            call.work.give(call.index, result)
+            call.work.answers[call.index] = result
         self._calls[handle.name].remove(call)
         self._heard[handle.name] = time.monotonic()
 
-    def _end_hanging(self) -> None:
+    def _end_hanging(self, deadline: float) -> None:
         for handle in self.handles:
             calls = self._calls[handle.name]
-            if calls and time.monotonic() - max(calls[0].since, self._heard[handle.name]) > self.deadline:
+            if calls and time.monotonic() - max(calls[0].since, self._heard[handle.name]) > deadline:
                 self.runtime.restart(handle)
-                self._lose(handle, WorkerHung(f"{handle.name} hung for more than {self.deadline:g} s"), calls[0])
+                self._lose(handle, WorkerHung(f"{handle.name} hung for more than {deadline:g} s"), calls[0])
 
-    def _lose(self, handle: Handle, error: WorkerLost, running: _Call | None = None) -> None:
+    def _lose(self, handle: Handle[W], error: WorkerLost, running: _Call | None = None) -> None:
         """Take all calls of a lost worker back. Only the one that it was running counts as tried."""
         self.num_lost += 1
         log.warning("%s", error)
@@ -190,13 +194,13 @@ class Pool:
             if work.tries[index] < self.attempts:
                 work.waiting.append(index)
             elif work.give_up is not None:
-                work.give(index, work.give_up(index, error))
+                work.answers[index] = work.give_up(index, error)
             else:
                 work.error = error
         for call in reversed(list(self._calls[handle.name])):
             self._return(handle, call)
 
-    def _return(self, handle: Handle, call: _Call) -> None:
+    def _return(self, handle: Handle[W], call: _Call) -> None:
         """Put a call's piece back as if it had never been handed out."""
         self._calls[handle.name].remove(call)
         call.work.tries[call.index] -= 1

@@ -14,6 +14,7 @@ import xxhash
 from torch import Tensor
 
 from rlhub.errors import SyncError
+from rlhub.networks.decoder import Decoder
 from rlhub.networks.layout import pack_layout, to_device
 from rlhub.networks.lora import training_state
 from rlhub.types import Receipt
@@ -62,14 +63,14 @@ def load_buckets(state: dict[str, Tensor], buckets: Iterable[np.ndarray], bucket
         if sum(sizes) != len(bucket):
             raise SyncError(f"a bucket has {len(bucket)} bytes, expected {sum(sizes)} for {names[0]} to {names[-1]}")
         # Received arrays may be read-only shared memory; torch only reads from them here.
-        flat = torch.frombuffer(memoryview(bucket), dtype=torch.uint8) if bucket.flags.writeable else torch.from_numpy(bucket.copy())
-        for name, part in zip(names, flat.split(sizes), strict=True):
+        flat = torch.frombuffer(bucket, dtype=torch.uint8) if bucket.flags.writeable else torch.from_numpy(bucket.copy())
+        for name, part in zip(names, torch.split(flat, sizes), strict=True):
             target = state[name]
             target.copy_(part.to(target.device).view(target.dtype).view(target.shape))
 
 
 @torch.no_grad()
-def receipt_of(network: torch.nn.Module, version: int, bucket_bytes: int) -> Receipt:
+def receipt_of(network: Decoder, version: int, bucket_bytes: int) -> Receipt:
     """Hash every bucket and run a fixed canvas, so that bytes and computation are both compared.
 
     The hash guards against faults, not forgery, so it is the fast one (XXH3, 128 bits).
@@ -77,7 +78,7 @@ def receipt_of(network: torch.nn.Module, version: int, bucket_bytes: int) -> Rec
     state = training_state(network)
     hashes, total = [], 0
     for bucket in buckets_of(state, bucket_bytes):
-        hashes.append(xxhash.xxh3_128_hexdigest(bucket))
+        hashes.append(xxhash.xxh3_128_hexdigest(bucket.data))
         total += bucket.nbytes
     device = next(network.parameters()).device
     tokens = torch.full((CANARY_TOKENS,), network.mask_id, device=device)

@@ -57,7 +57,7 @@ def main() -> None:
             continue
         if batch is None:
             return
-        _grade(grader, *batch, None if grader.own_limits else hello["deadline_seconds"], progress, answers)
+        _grade(grader, *batch, None if grader.own_limits else hello["deadline_seconds"], progress, answers)  # type: ignore[call-arg]
 
 
 def _grade(

@@ -61,7 +61,7 @@ class RewardProcess:
                 pass_fds=[shared.fileno()],
                 start_new_session=True,  # so that all that it starts can be ended with it, and Ctrl-C is the parent's affair
             )
-            self.hello = {"part": part, "progress": shared.fileno(), "deadline_seconds": config.deadline_seconds}
+            self.hello: dict[str, Any] = {"part": part, "progress": shared.fileno(), "deadline_seconds": config.deadline_seconds}
         self.reading: asyncio.Task[Any] | None = None
         self.pipes: list[asyncio.BaseTransport] = []
 

@@ -37,11 +37,9 @@ def make_batch(rollouts: Sequence[Rollout], *, span: str, block_length: int = 0,
         seen[row] += 1
     rewards = np.full((len(groups), int(seen.max())), np.nan)
     for rollout, row, column in zip(rollouts, group, member, strict=True):
-        if rollout.reward is None:
-            raise ValueError(f"rollout {rollout.uid} has no grade")
-        rewards[row, column] = _graded_value(rollout.reward, on_invalid)
+        rewards[row, column] = _graded_value(grade_of(rollout), on_invalid)
     if on_invalid == "drop_group":
-        failed = group[[not rollout.reward.valid for rollout in rollouts]]
+        failed = group[[not grade_of(rollout).valid for rollout in rollouts]]
         rewards[failed] = np.nan
     length = np.array([rollout.length for rollout in rollouts])
     canvas = np.array([len(rollout.completion_ids) for rollout in rollouts])
@@ -79,6 +77,17 @@ def with_step_rewards(batch: Batch, rollouts: Sequence[Rollout], on_invalid: str
         failed = batch.group[np.isnan(steps[batch.group, batch.member, 0])]
         steps[failed] = np.nan
     return replace(batch, step_rewards=steps, rewards=np.where(np.isnan(steps[:, :, -1]), np.nan, batch.rewards))
+
+
+def grade_of(rollout: Rollout) -> RewardResult:
+    """The grade of a rollout.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if rollout.reward is None:
+        raise ValueError(f"rollout {rollout.uid} has no grade")
+    return rollout.reward
 
 
 def _graded_value(reward: RewardResult, on_invalid: str) -> float:

@@ -32,6 +32,17 @@ class LogProbs:
 
 
 @dataclass(frozen=True)
+class CreditedBatch:
+    """A batch with what the reward says of its samples, computed once and handed to whoever makes views or losses of it."""
+
+    batch: Batch
+    credit: Credit
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+
+@dataclass(frozen=True)
 class Auxiliary:
     """A term of the loss: `weight` times an objective over the chosen, the rejected or all samples."""
 
@@ -108,6 +119,10 @@ class Algorithm:
         rewards = batch.rewards if batch.step_rewards is None else batch.step_rewards
         return returned(module.assign(rewards, batch, config), Credit, module, "assign")
 
+    def credited(self, batch: Batch) -> CreditedBatch:
+        """A batch with its credit."""
+        return CreditedBatch(batch, self.credit(batch))
+
     def make_views(self, batch: Batch, credit: Credit, noise: Noise, update: int, profile: Profile, purpose: str = "views") -> Views:
         """The views of one inner update; the same for all of them unless `fresh_views: update`."""
         module, config = self.views
@@ -150,6 +165,7 @@ class Algorithm:
         """The scalar to minimise over the global batch, and its metrics."""
         module, config = self.objective
         if self.corrects:
+            assert scores.behavior is not None, "`scores` recorded it"
             weights = correction_weights((scores.proximal or scores.policy).detach(), scores.behavior, self.config.correction_cap)
             loss, metrics = _loss(module, scores, weighted_credit(credit, weights), config)
             metrics |= correction_metrics(weights[credit.valid], self.config.correction_cap)
@@ -158,6 +174,7 @@ class Algorithm:
         kl = self.config.kl
         if kl.coefficient > 0:
             other = scores.reference if kl.against == "reference" else scores.behavior
+            assert other is not None, f"the checks of recipes see to it that there is a {kl.against}"
             penalty = mean_penalty(kl.kind, kl.normalize, scores.policy, other, credit)
             metrics["kl"] = penalty.item()
             loss = loss + kl.coefficient * penalty
@@ -183,6 +200,7 @@ class Algorithm:
 
     def _recorded(self, views: Views, batch: Batch, credit: Credit) -> LogLikelihood:
         """The estimate from the log-probs that the rollouts recorded."""
+        assert batch.logp_model is not None, "batches of rollouts hold what the rollouts recorded"
         recorded = torch.stack([_padded(row, views.canvas_length) for row in batch.logp_model])
         return self.estimate(recorded[views.score_sample, views.score_token], views, credit)
 
@@ -199,7 +217,7 @@ def _loss(module: ModuleType, scores: Scores, credit: Credit, config: Any) -> tu
     if not shown or result[0].dim():
         got = f"a tensor of shape {list(result[0].shape)}" if shown else type_name(result)
         raise RecipeError(f"{title(module)}: loss must return (scalar Tensor, dict), got {got}; see rlhub/objectives/__init__.py")
-    return result
+    return cast(tuple[Tensor, dict[str, float]], result)
 
 
 def _restricted(credit: Credit, on: str) -> Credit:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlhub.algorithm.batching import grade_of
+from rlhub.algorithm.compose import Algorithm
 from rlhub.types import Batch, Credit, LogLikelihood, Rollout, Scores
 
 
-def health_metrics(algorithm: Any, scores: Scores, credit: Credit, batch: Batch) -> dict[str, float]:
+def health_metrics(algorithm: Algorithm, scores: Scores, credit: Credit, batch: Batch) -> dict[str, float]:
     """Monte-Carlo error, clip stability and effective sample size of one update, and the share of groups without signal.
 
     Keys (absent where the estimate does not provide them):
@@ -34,12 +35,12 @@ def health_metrics(algorithm: Any, scores: Scores, credit: Credit, batch: Batch)
         weight = ((policy.value - scores.proximal.value) / policy.length).detach()[valid].exp()
         metrics["ess"] = (weight.sum() ** 2 / (len(weight) * (weight**2).sum())).item()
     other = scores.reference or scores.proximal
-    if other is not None and policy.draws is not None and policy.draws.shape[1] > 1:
+    if other is not None and other.draws is not None and policy.draws is not None and policy.draws.shape[1] > 1:
         difference = (policy.draws - other.draws).detach()[valid]
         error = difference.std(1) / difference.shape[1] ** 0.5
         metrics["elbo/standard_error"] = error.mean().item()
         if scores.proximal is not None:
-            metrics["clip/flip_share"] = _flip_share(algorithm, scores, credit)
+            metrics["clip/flip_share"] = _flip_share(algorithm, scores, scores.proximal, credit, policy.draws.shape[1])
     return metrics
 
 
@@ -50,24 +51,25 @@ def _no_signal_share(credit: Credit, batch: Batch) -> float:
     return float(groups.mean())
 
 
-def _flip_share(algorithm: Any, scores: Scores, credit: Credit) -> float:
+def _flip_share(algorithm: Algorithm, scores: Scores, proximal: LogLikelihood, credit: Credit, num_draws: int) -> float:
     """A sequence is cut when the objective's gradient with respect to its value is zero although its advantage is not."""
     decided = credit.valid & (credit.advantages.reshape(len(credit.valid), -1) != 0).any(1)
     if not decided.any():
         return 0.0
     whole = _is_cut(algorithm, scores, credit)
     flips = []
-    for draw in range(scores.policy.draws.shape[1]):
-        single = dataclasses.replace(scores, policy=_one_draw(scores.policy, draw), proximal=_one_draw(scores.proximal, draw))
+    for draw in range(num_draws):
+        single = dataclasses.replace(scores, policy=_one_draw(scores.policy, draw), proximal=_one_draw(proximal, draw))
         flips.append((_is_cut(algorithm, single, credit) != whole)[decided].double().mean())
     return torch.stack(flips).mean().item()
 
 
 def _one_draw(estimate: LogLikelihood, draw: int) -> LogLikelihood:
+    assert estimate.draws is not None, "both estimates come from the same draws"
     return dataclasses.replace(estimate, value=estimate.draws[:, draw], draws=estimate.draws[:, draw : draw + 1])
 
 
-def _is_cut(algorithm: Any, scores: Scores, credit: Credit) -> Tensor:
+def _is_cut(algorithm: Algorithm, scores: Scores, credit: Credit) -> Tensor:
     leaf = scores.policy.value.detach().requires_grad_()
     module, config = algorithm.objective
     loss, _ = module.loss(dataclasses.replace(scores, policy=dataclasses.replace(scores.policy, value=leaf)), credit, config)
@@ -103,7 +105,8 @@ def rollout_metrics(rollouts: list[Rollout], eos_id: int) -> dict[str, float]:
     `eos/flood_rate` (share of completions that are EOS from the first token), `eos/early_rate` (share that ends in the first quarter
     of the canvas), `eos/missing_rate` (share without EOS), `forwards/mean`.
     """
-    values = np.array([rollout.reward.value if rollout.reward.valid else np.nan for rollout in rollouts])
+    rewards = [grade_of(rollout) for rollout in rollouts]
+    values = np.array([reward.value if reward.valid else np.nan for reward in rewards])
     canvas = np.array([len(rollout.completion_ids) for rollout in rollouts])
     length = np.array([rollout.length for rollout in rollouts])
     ended = np.array([bool((rollout.completion_ids == eos_id).any()) for rollout in rollouts])
@@ -111,7 +114,7 @@ def rollout_metrics(rollouts: list[Rollout], eos_id: int) -> dict[str, float]:
         "reward/mean": float(np.nanmean(values)) if not np.isnan(values).all() else float("nan"),
         "reward/std": float(np.nanstd(values)) if not np.isnan(values).all() else float("nan"),
         "reward/invalid_share": float(np.isnan(values).mean()),
-        "reward/correct_share": float(np.mean([rollout.reward.accurate for rollout in rollouts])),
+        "reward/correct_share": float(np.mean([reward.accurate for reward in rewards])),
         "length/mean": float(length.mean()),
         "eos/flood_rate": float((ended & (length == 1)).mean()),
         "eos/early_rate": float((ended & (length <= canvas / 4)).mean()),
@@ -120,13 +123,13 @@ def rollout_metrics(rollouts: list[Rollout], eos_id: int) -> dict[str, float]:
     }
     grades = [grade for rollout in rollouts for grade in rollout.step_rewards]
     if grades:
-        values = [grade.value for grade in grades if grade.valid]
-        metrics["step_reward/mean"] = float(np.mean(values)) if values else float("nan")
-        metrics["step_reward/invalid_share"] = 1 - len(values) / len(grades)
+        usable = [grade.value for grade in grades if grade.valid]
+        metrics["step_reward/mean"] = float(np.mean(usable)) if usable else float("nan")
+        metrics["step_reward/invalid_share"] = 1 - len(usable) / len(grades)
     for label in dict.fromkeys(label for rollout in rollouts for label in rollout.reward_parts):
         parts = [rollout.reward_parts[label] for rollout in rollouts if label in rollout.reward_parts]
         valid = [part.value for part in parts if part.valid]
         metrics[f"reward/part/{label}"] = float(np.mean(valid)) if valid else float("nan")
-    if hits := sum(rollout.reward.cached for rollout in rollouts):
+    if hits := sum(reward.cached for reward in rewards):
         metrics["reward/cache_hits"] = float(hits)
     return metrics

@@ -49,4 +49,7 @@ def correction_metrics(weights: Tensor, cap: float) -> dict[str, float]:
 
 def _total(estimate: LogLikelihood) -> Tensor:
     """Nats [B] of the whole sample."""
-    return estimate.value if estimate.granularity == "sequence" else (estimate.value * estimate.mask).sum(1)
+    if estimate.granularity == "sequence":
+        return estimate.value
+    assert estimate.mask is not None, "estimates by token or step say which entries exist"
+    return (estimate.value * estimate.mask).sum(1)

@@ -17,8 +17,9 @@ import numpy as np
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError
-from rlhub.noise import PAIRS, SFT, Noise, sample_uid
+from rlhub.noise import Noise, sample_uid
 from rlhub.parts import load_part, part_config
+from rlhub.phases import Phase
 from rlhub.tasks.preferences import BadRow, Preference
 from rlhub.types import Batch
 
@@ -32,7 +33,7 @@ class Pairs:
         responses: G arrays int32 [L] for each pair, G = 1 (unpaired) or 2 (chosen, rejected).
         rewards: float64 [N, G].
         canvas: responses are padded with EOS to this length, and the padding counts; 0: no padding.
-        phase: the phase field of uids: `PAIRS`, `EVAL` or `SFT`.
+        phase: the phase field of uids: PAIRS, EVAL or SFT.
     """
 
     row: np.ndarray
@@ -42,23 +43,23 @@ class Pairs:
     mask_id: int
     eos_id: int
     canvas: int = 0
-    phase: int = PAIRS
+    phase: Phase = Phase.PAIRS
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @property
     def group_size(self) -> int:
-        return self.rewards.shape[1]
+        return int(self.rewards.shape[1])
 
-    def batch(self, which: Sequence[int], epoch: int = 0) -> Batch:
+    def batch(self, which: Sequence[int] | np.ndarray, epoch: int = 0) -> Batch:
         """The pairs of the given indices in ascending order, as groups of `group_size` samples."""
-        which = sorted(which)
+        which = sorted(map(int, which))
         size = self.group_size
         responses = [response for index in which for response in self.responses[index]]
         length = np.array([len(response) for response in responses])
         uids = [
-            sample_uid(self.phase, row >> ROW_BITS, row & ((1 << ROW_BITS) - 1), member)
+            sample_uid(self.phase.number, row >> ROW_BITS, row & ((1 << ROW_BITS) - 1), member)
             for row in self.row[which].tolist()
             for member in range(size)
         ]
@@ -88,13 +89,14 @@ class Pairs:
             mask_id=self.mask_id,
             eos_id=self.eos_id,
             canvas=self.canvas,
-            phase=SFT,
+            phase=Phase.SFT,
         )
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 in hex of rows, tokens and rewards, so of data and tokenizer together."""
-        digest = hashlib.sha256(json.dumps([len(self), self.group_size, self.mask_id, self.eos_id, self.canvas, self.phase]).encode())
+        facts = [len(self), self.group_size, self.mask_id, self.eos_id, self.canvas, self.phase.number]
+        digest = hashlib.sha256(json.dumps(facts).encode())
         digest.update(self.row.tobytes())
         digest.update(self.rewards.tobytes())
         for prompt, responses in zip(self.prompts, self.responses, strict=True):
@@ -164,7 +166,7 @@ def pair_order(recipe: Recipe, num_pairs: int) -> PairOrder:
 
 
 def encode(
-    preferences: Sequence[Preference], tokenizer: Any, max_tokens: int, full: int = 0, canvas: int = 0, phase: int = PAIRS
+    preferences: Sequence[Preference], tokenizer: Any, max_tokens: int, full: int = 0, canvas: int = 0, phase: Phase = Phase.PAIRS
 ) -> tuple[Pairs, list[BadRow]]:
     """Tokens of preferences, and the rows that are unusable as tokens: too long, equal, or with the mask token in them.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhub.algorithm.batching import MicroBatch
+from rlhub.networks.decoder import Decoder
 from rlhub.networks.layout import slice_layout, to_device
 from rlhub.noise import Noise
 from rlhub.types import NEVER, Batch, Rollout, Views
@@ -65,7 +66,7 @@ def canvas_before(rollout: Rollout, step: int, mask_id: int) -> np.ndarray:
     return np.where((rollout.unmask_step == NEVER) | (rollout.unmask_step >= step), mask_id, canvas).astype(np.int32)
 
 
-def replay_views(states: Sequence[State], network: torch.nn.Module) -> Views:
+def replay_views(states: Sequence[State], network: Decoder) -> Views:
     """One row per state, scored at the tokens that its step wrote."""
     canvases = [canvas_before(rollout, step, network.mask_id) for rollout, step in states]
     written = [write_steps(rollout) == step for rollout, step in states]
@@ -97,7 +98,7 @@ def recorded(states: Sequence[State]) -> Tensor:
 
 
 def replayed_log_probs(
-    network: torch.nn.Module, views: Views, run: MicroBatch, states: Sequence[State], device: torch.device | str = "cpu"
+    network: Decoder, views: Views, run: MicroBatch, states: Sequence[State], device: torch.device | str = "cpu"
 ) -> Tensor:
     """fp32 [m], the log-probs of one micro-batch under the network as the sampler takes them: guided where the rollout was (SMDM,
     arXiv 2410.18514, Eq. 7)."""
@@ -108,7 +109,7 @@ def replayed_log_probs(
     places = (views.layout.row_offsets.long()[rows] - begin + views.score_position[scores]).to(device)
     tokens = views.tokens[begin:end].to(device)
     logits = network.head(network.denoise(tokens, layout), places).float()
-    weight = torch.tensor([guidance_at(*states[row], network.mask_id) for row in views.sample.tolist()])[rows].to(device)
+    weight = torch.tensor([guidance_at(states[row][0], states[row][1], network.mask_id) for row in views.sample.tolist()])[rows].to(device)
     if weight.any():
         lengths, starts = layout.lengths, views.completion_start[run.first_row : run.last_row].to(device)
         place = torch.arange(end - begin, device=device) - torch.repeat_interleave(layout.row_offsets.long()[:-1], lengths)

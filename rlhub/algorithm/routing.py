@@ -126,5 +126,5 @@ def router_metrics(total: Tensor, rule: Rule) -> dict[str, float]:
 
 def _parts(sums: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Load [LEVELS, E], probability [E], squared logsumexp and number of tokens of one layer's sums."""
-    load, probability, squared = sums.split([LEVELS * rule.num_experts, rule.num_experts, 1])
+    load, probability, squared = torch.split(sums, [LEVELS * rule.num_experts, rule.num_experts, 1])
     return load.view(LEVELS, rule.num_experts), probability, squared[0], load.sum() / rule.top_k

@@ -24,7 +24,7 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
     if config.schedule == "linear":
         return 1.0 - (1.0 - floor) * progress
     if config.schedule == "polynomial":
-        return floor + (1.0 - floor) * (1.0 - progress) ** config.power
+        return float(floor + (1.0 - floor) * (1.0 - progress) ** config.power)
     if config.schedule == "cosine":
         return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
     raise ValueError(f"schedule must be constant, linear, cosine or polynomial, got {config.schedule!r}")

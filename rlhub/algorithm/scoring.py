@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from rlhub.algorithm.batching import MicroBatch, micro_batches
+from rlhub.networks.decoder import Decoder
 from rlhub.networks.layout import slice_layout, to_device
 from rlhub.types import Views
 
 
 def micro_batch_log_probs(
-    model: torch.nn.Module, views: Views, run: MicroBatch, device: torch.device | str = "cpu", guidance: float = 0.0
+    model: Decoder, views: Views, run: MicroBatch, device: torch.device | str = "cpu", guidance: float = 0.0
 ) -> Tensor:
     """fp32 [m] log-probs of the scores of one micro-batch, with gradient when enabled.
 
@@ -34,9 +35,7 @@ def micro_batch_log_probs(
 
 
 @torch.no_grad()
-def token_log_probs(
-    model: torch.nn.Module, views: Views, max_tokens: int, device: torch.device | str = "cpu", guidance: float = 0.0
-) -> Tensor:
+def token_log_probs(model: Decoder, views: Views, max_tokens: int, device: torch.device | str = "cpu", guidance: float = 0.0) -> Tensor:
     """fp32 [M] log-probs of every score, without gradient, on the CPU."""
     parts = [micro_batch_log_probs(model, views, run, device, guidance).cpu() for run in micro_batches(views, max_tokens)]
     return torch.cat(parts) if parts else torch.zeros(0)

@@ -117,11 +117,11 @@ def _inject(network: nn.Module, config: dict[str, Any], where: Path) -> None:
     require("peft")
     from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 
-    config = PeftConfig.from_peft_type(**config) if "peft_type" in config else LoraConfig(**config)
-    config.inference_mode = False  # which would freeze the adapters
+    adapter: Any = PeftConfig.from_peft_type(**config) if "peft_type" in config else LoraConfig(**config)
+    adapter.inference_mode = False  # which would freeze the adapters
     try:
         with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
-            inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+            inject_adapter_in_model(adapter, network, adapter_name=ADAPTER)
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{where} does not fit its base: {reason}; give the base that the adapter was trained on") from None

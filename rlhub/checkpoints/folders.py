@@ -6,13 +6,16 @@ import importlib
 import json
 import pkgutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rlhub.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from rlhub.networks.decoder import Decoder
 
 CONFIG = "config.json"
 
@@ -54,7 +57,7 @@ def published_config(path: Path) -> dict[str, Any]:
     return read_json(path / CONFIG, "a model folder has a config.json")
 
 
-def empty_network(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
+def empty_network(config: dict[str, Any], where: str = CONFIG) -> Decoder:
     """The network that a config.json describes, on torch's meta device, without memory.
 
     Raises:

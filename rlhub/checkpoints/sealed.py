@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from rlhub.checkpoints.folders import is_model_folder, read_json
-from rlhub.errors import CheckpointError
+from rlhub.errors import CheckpointError, RecipeError
 from rlhub.files import replace_file
+from rlhub.phases import Phase
 
 MANIFEST = "manifest.json"
+RECIPE = "config.yaml"  # what makes a folder a run
 
 
-def checkpoint_name(phase: str, step: int) -> str:
+def checkpoint_name(phase: Phase, step: int) -> str:
     """`step_00010` in the online phase, `sft_step_00800` in SFT, `pairs_step_00010` on preference pairs."""
-    return f"step_{step:05d}" if phase == "online" else f"{phase}_step_{step:05d}"
+    return f"step_{step:05d}" if phase is Phase.ONLINE else f"{phase}_step_{step:05d}"
+
+
+def checkpoint_folder(run: Path, phase: Phase, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return run / "checkpoints" / checkpoint_name(phase, step)
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
@@ -49,7 +56,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def sealed_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders with a manifest in the order of training; unsealed ones are what a killed run left behind."""
     sealed = [file.parent for file in (run / "checkpoints").glob(f"*step_*/{MANIFEST}")]
-    return sorted(sealed, key=lambda folder: (_phase_of(folder) != "sft", int(folder.name.rpartition("_")[2])))
+    return sorted(sealed, key=lambda folder: (_phase_of(folder) is not Phase.SFT, int(folder.name.rpartition("_")[2])))
 
 
 def remove_old_checkpoints(run: Path, keep: int) -> None:
@@ -62,8 +69,8 @@ def remove_old_checkpoints(run: Path, keep: int) -> None:
             shutil.rmtree(folder)
 
 
-def _phase_of(folder: Path) -> str:
-    return folder.name.rpartition("step_")[0].rstrip("_") or "online"
+def _phase_of(folder: Path) -> Phase:
+    return Phase(folder.name.rpartition("step_")[0].rstrip("_") or Phase.ONLINE)
 
 
 def resolve_model_path(path: Path) -> Path:
@@ -85,6 +92,23 @@ def resolve_model_path(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a run folder, a checkpoint or a model folder")
     raise CheckpointError(f"{path} holds no checkpoint yet; give a run folder with a finished checkpoint, or a model folder")
+
+
+def run_folder_of(path: Path) -> Path | None:
+    """The run that a checkpoint or a model folder lies in, or is; None where there is none."""
+    return next((folder for folder in (path, *path.resolve().parents[:3]) if (folder / RECIPE).is_file()), None)
+
+
+def recipe_of_run(path: Path) -> Path:
+    """The recipe of the run that a checkpoint or a model folder lies in.
+
+    Raises:
+        RecipeError: it lies in no run folder.
+    """
+    folder = run_folder_of(path)
+    if folder is None:
+        raise RecipeError(f"{path} lies in no run folder; say which task with --recipe RECIPE")
+    return folder / RECIPE
 
 
 def _hash_file(path: Path) -> str:

@@ -17,8 +17,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from rlhub.checkpoints.folders import CONFIG, empty_network, family_of, is_adapter_folder, published_config
 from rlhub.checkpoints.tensors import FLOATS, INDEX, WEIGHTS, WHOLE, StoredTensor, stored_tensors
 from rlhub.errors import CheckpointError
+from rlhub.networks.decoder import Decoder
 from rlhub.networks.lora import has_adapters
 
 PIECE_BYTES = 16 << 20  # read at once
@@ -45,7 +47,7 @@ def load_network(
     *,
     merge_adapter: bool = True,
     progress: bool = False,
-) -> nn.Module:
+) -> Decoder:
     """The network of a model folder, in eval mode.
 
     Args:
@@ -221,7 +223,7 @@ def _read_into(file: Path, targets: dict[str, Tensor], stored: dict[str, StoredT
                 advance(size)
 
 
-def _fill(piece: Tensor, handle: BinaryIO) -> None:
+def _fill(piece: Tensor, handle: BufferedReader) -> None:
     """Read into uint8 memory.
 
     Raises:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlhub.config.schema import SamplerConfig
 from rlhub.networks.cache import CacheView
+from rlhub.networks.decoder import Decoder
 from rlhub.samplers import check_attention
 from rlhub.types import Layout
 
@@ -48,7 +49,7 @@ class Forward:
         ValueError: the settings do not fit the model's attention.
     """
 
-    def __init__(self, model: torch.nn.Module, slots: Slots, settings: SamplerConfig) -> None:
+    def __init__(self, model: Decoder, slots: Slots, settings: SamplerConfig) -> None:
         self.model, self.slots, self.settings = model, slots, settings
         check_attention(settings, model.profile)
         self.block_causal = model.profile.attention == "block_causal"
@@ -84,7 +85,7 @@ class Forward:
                 continue
             source = sources[0] if sources else slot
             if not sources:
-                self._call(torch.tensor([slot], device=where.device), *self.kept.new_tensor([[0], [length]]), None)
+                self._call(torch.tensor([slot], device=where.device), *self.kept.new_tensor([[0], [length]]), None)  # type: ignore[call-arg]
             copies = torch.tensor([other for other in same if other in new and other != source], dtype=torch.int64, device=where.device)
             if len(copies):
                 self.cache.copy(source, copies, length)

@@ -21,6 +21,7 @@ from rlhub.engines import device_noise
 from rlhub.engines.forward import Forward, Slots
 from rlhub.engines.row_stats import Law, TokenNoise, streamed_stats
 from rlhub.errors import DataError
+from rlhub.networks.decoder import Decoder
 from rlhub.noise import Noise, Stream
 from rlhub.parts import load_part, part_config
 from rlhub.samplers import CanvasState, Commit, RowStats
@@ -35,7 +36,7 @@ class Engine:
         max_rows: rows denoised at once; further requests take the places of finished rows.
     """
 
-    def __init__(self, model: torch.nn.Module, device: torch.device | str = "cpu", max_rows: int = 512) -> None:
+    def __init__(self, model: Decoder, device: torch.device | str = "cpu", max_rows: int = 512) -> None:
         self.model, self.device, self.max_rows = model, torch.device(device), max_rows
         self.running: Rows | None = None
 

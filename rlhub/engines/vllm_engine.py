@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from math import lcm
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -246,7 +247,8 @@ class Run(Rows):
     def advance_with(self, rows: Tensor, hidden: Tensor, starts: Tensor) -> tuple[list[bool], list[bool]]:
         """See `rlhub.engines.vllm_plugin.state.Advance`."""
         begin = torch.from_numpy(self.canvases.begin).to(rows.device)[rows]
-        self.forward.states, self.forward.place[rows] = hidden, starts - begin
+        forward: Any = self.forward  # a `Lookup`
+        forward.states, forward.place[rows] = hidden, starts - begin
         blocks = self.slots.block[rows]
         finished = set(self.advance(rows))
         for slot in finished:

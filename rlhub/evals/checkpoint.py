@@ -35,15 +35,11 @@ def evaluation_recipe(path: Path, overrides: list[str], recipe_path: str | None 
         RecipeError: no recipe is given and the checkpoint lies in no run folder, or it has nothing to grade with.
         CheckpointError: there is nothing to load.
     """
-    from rlhub.checkpoints.sealed import resolve_model_path
+    from rlhub.checkpoints.sealed import recipe_of_run, resolve_model_path
 
     model_path = resolve_model_path(Path(path))
     if recipe_path is None:
-        candidates = [folder / "config.yaml" for folder in (model_path, *model_path.parents)]
-        found = [candidate for candidate in candidates if candidate.exists()]
-        if not found:
-            raise RecipeError(f"{path} lies in no run folder; say which task with --recipe RECIPE")
-        recipe_path = str(found[0])
+        recipe_path = str(recipe_of_run(model_path))
     recipe = load_recipe(recipe_path, overrides)
     validate(recipe)
     if recipe.task.reward["name"] == "none":

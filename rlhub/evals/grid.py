@@ -26,6 +26,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from rlhub.checkpoints.sealed import recipe_of_run
 from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.errors import DataError, RecipeError, UserError
 from rlhub.evals.checkpoint import evaluation_crew, evaluation_recipe
@@ -79,7 +80,7 @@ def run_grid(
     axes, overrides = split_axes(arguments)
     recipe, model_path = evaluation_recipe(path, overrides, recipe_path)
     if recipe_path is None:
-        recipe_path = str(next(folder for folder in (model_path, *model_path.parents) if (folder / "config.yaml").exists()) / "config.yaml")
+        recipe_path = str(recipe_of_run(model_path))
     elif out is None:
         raise UserError("with --recipe nothing says which run this belongs to; say where to write with --out FILE.json")
     file = out or Path(recipe_path).parent / NAME

@@ -32,8 +32,9 @@ from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.errors import DataError, UserError
 from rlhub.likelihoods import sequence_draws
 from rlhub.networks.profile import Profile
-from rlhub.noise import EVAL, Noise, sample_uid
+from rlhub.noise import Noise, sample_uid
 from rlhub.parts import load_part
+from rlhub.phases import Phase
 from rlhub.records.progress import RunProgress
 from rlhub.tasks import load_task
 from rlhub.types import Batch, Credit, Example
@@ -313,7 +314,7 @@ def _batch(items: Sequence[Item], places: Sequence[tuple[int, int]]) -> Batch:
     completions = [items[number].choices[choice] for number, choice in places]
     length = np.array([len(one) for one in completions])
     return Batch(
-        uid=np.array([sample_uid(EVAL, 0, items[number].index, 0) for number, _ in places], dtype=np.uint64),
+        uid=np.array([sample_uid(Phase.EVAL.number, 0, items[number].index, 0) for number, _ in places], dtype=np.uint64),
         group=np.arange(len(places)),
         prompts=[items[number].prompt for number, _ in places],
         completions=completions,

@@ -33,6 +33,8 @@ class Published:
 
     ARCHITECTURES: ClassVar[tuple[str, ...]]
     MODEL_TYPE: ClassVar[str]
+    eos_token_id: int  # fields of every family
+    vocab_size: int
     FIXED: ClassVar[dict[str, Any]] = {}  # further fields and the only value that is computed; it is also their default
 
     def shape(self) -> Shape:
@@ -370,7 +372,7 @@ class Decoder(nn.Module):
             return hidden if sources is None else hidden[sources]
         rows, order = sources.sort(stable=True)
         kernel = attention.kernel_for(rows)
-        hidden = norm(last(hidden, tables, lambda *heads: attention.attend(len(blocks), *heads, kernel), rows))
+        hidden = norm(last(hidden, tables, lambda *heads: attention.attend(len(blocks), *heads, kernel), rows))  # type: ignore[call-arg]
         return hidden[order.argsort()]
 
     def hidden_states(self, tokens: Tensor, position_ids: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:

@@ -62,7 +62,7 @@ def extend(config: Config, rope: RopeConfig) -> Config:
         raise ValueError(f"rope scaling needs a family with a rotary base and a context; {type(config).__module__} has none")
     if rope.target_length is None:
         raise ValueError(f"rope scaling {rope.scaling} needs rope.target_length, the context in tokens")
-    shape = config.shape()
+    shape = config.shape()  # type: ignore[attr-defined]  # as every family with a rotary base has
     trained = rope.trained_length or shape.max_length
     factor = base_factor(shape.rope_theta, shape.rotary_dim or shape.head_dim, trained, rope.target_length, rope.scaling)
     return replace(config, rope_theta=shape.rope_theta * factor, **{context: rope.target_length})

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from rlhub.algorithm.compose import Algorithm
+    from rlhub.networks.decoder import Decoder
 
 CHARACTERS_PER_TOKEN = 4  # of English text, where no tokenizer is at hand
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -70,7 +71,7 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
-def meta_network(model: ModelConfig, vocab_size: int | None = None) -> nn.Module:
+def meta_network(model: ModelConfig, vocab_size: int | None = None) -> Decoder:
     """The network without memory, from the checkpoint's config.json where there is one, else from `model.config`.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from io import StringIO
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -14,15 +13,12 @@ from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.planning.memory import size_text
 from rlhub.planning.quantities import PROMPTS_READ, BatchPlan, PairsPlan, Plan
 
-if TYPE_CHECKING:
-    pass
-
 
 def format_plan(plan: Plan) -> str:
     """The plan as plain text."""
-    console = Console(file=StringIO(), width=120, color_system=None)
-    console.print(plan_view(plan))
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+    text = StringIO()
+    Console(file=text, width=120, color_system=None).print(plan_view(plan))
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
 def plan_view(plan: Plan) -> Group:

@@ -68,11 +68,11 @@ def show_sample(
     Raises:
         UserError: there is no prompt, or the settings do not fit together.
     """
-    from rlhub.checkpoints.sealed import resolve_model_path
+    from rlhub.checkpoints.sealed import resolve_model_path, run_folder_of
     from rlhub.inference import generate_with, load_model
 
     path = Path(path)
-    run_dir, folder = run_folder(path), resolve_model_path(path)
+    run_dir, folder = run_folder_of(path), resolve_model_path(path)
     config = sample_config(run_dir, folder, overrides)
     asked = [*prompts, *(read_prompts(file) if file else [])] or [recorded_prompt(run_dir)]
     model = load_model(folder)
@@ -148,11 +148,6 @@ def numbers_text(rollout: Rollout) -> str:
     if rollout.entropy is not None and filled.any():
         lines.append(f"entropy when filled: mean {rollout.entropy[filled].mean():.4f}, highest {rollout.entropy[filled].max():.4f} nats")
     return "\n".join(lines)
-
-
-def run_folder(path: Path) -> Path | None:
-    """The run that a checkpoint or model folder lies in, None where there is none."""
-    return next((folder for folder in [path, *path.resolve().parents[:3]] if (folder / "config.yaml").is_file()), None)
 
 
 def sample_config(run_dir: Path | None, model_folder: Path, overrides: Sequence[str]) -> SampleConfig:

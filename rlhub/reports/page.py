@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from rlhub.errors import CheckpointError, DataError
 from rlhub.files import replace_file
 from rlhub.parts import flatten
+from rlhub.phases import TRAINING, Phase
 from rlhub.records.metrics import Row, Summary, read_metrics, series, summarize
 from rlhub.records.progress import accuracy_text, clock_text, describe_test_set, gain_text
 from rlhub.records.rollout_log import read_rollouts, rollout_files
@@ -141,7 +142,7 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def planned_steps(run: Run) -> dict[str, int]:
     """Steps that the recipe asks of each phase."""
-    wanted = {"sft": run.config.get("sft.steps"), "online": run.config.get("run.steps"), "pairs": run.config.get("run.steps")}
+    wanted = {phase: run.config.get("sft.steps" if phase is Phase.SFT else "run.steps") for phase in TRAINING}
     return {phase: wanted[phase] for phase in run.config.get("run.phases", []) if wanted.get(phase) is not None}
 
 

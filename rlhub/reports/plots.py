@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 
+from rlhub.phases import TRAINING, Phase
 from rlhub.records.metrics import Row, phases, series, wilson_interval
 
 STYLE = {
@@ -42,9 +43,9 @@ COLORS = ["#2563eb", "#e2711d", "#1a936f", "#a4356b", "#6d597a", "#b8860b", "#3a
 INK = "#57606a"
 DASHES = ["-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2))]
 SPANS = ["generate", "reward", "score", "learn", "sync", "eval", "checkpoint", "overhead", "replay"]
-TIMED_PHASES = ("online", "pairs")
+TIMED_PHASES = (Phase.ONLINE, Phase.PAIRS)
 IDLE = "system/idle_share/"
-PHASE_TITLES = {"sft": "SFT", "online": "RL", "pairs": "preferences"}
+PHASE_TITLES = {Phase.SFT: "SFT", Phase.ONLINE: "RL", Phase.PAIRS: "preferences"}
 
 
 class Group(NamedTuple):
@@ -84,13 +85,13 @@ PANELS = [
         "Held-out accuracy",
         "solved problems",
         [Curve("eval/accuracy", "greedy"), Curve("eval/accuracy_t1", "temperature 1")],
-        ("sft", "online", "pairs"),
+        TRAINING,
         percent=True,
         intervals=True,
         note="Bars: 95 % Wilson intervals over the test problems.",
     ),
     Panel("Reward", "mean reward of a batch", [Curve("reward/mean", "reward", smooth=True)]),
-    Panel("Loss", "loss", [Curve("loss", "loss", smooth=True)], ("sft", "online", "pairs")),
+    Panel("Loss", "loss", [Curve("loss", "loss", smooth=True)], TRAINING),
     Panel(
         "ELBO of the samples",
         "nats per token",
@@ -128,8 +129,8 @@ PANELS = [
         ],
         percent=True,
     ),
-    Panel("Gradient norm", "before clipping", [Curve("grad_norm", "norm", smooth=True)], ("sft", "online", "pairs"), log=True),
-    Panel("Learning rate", "learning rate", [Curve("learning_rate", "learning rate")], ("sft", "online", "pairs")),
+    Panel("Gradient norm", "before clipping", [Curve("grad_norm", "norm", smooth=True)], TRAINING, log=True),
+    Panel("Learning rate", "learning rate", [Curve("learning_rate", "learning rate")], TRAINING),
     Panel(
         "Replay check",
         "nats",

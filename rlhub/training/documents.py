@@ -12,14 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rlhub.algorithm.compose import Algorithm
+from rlhub.config.schema import Recipe
 from rlhub.errors import DataError
-from rlhub.noise import EVAL, SFT, Noise, sample_uid
+from rlhub.noise import Noise, sample_uid
+from rlhub.phases import Phase
+from rlhub.records.step_record import Metric
 from rlhub.tasks import Task
+from rlhub.training.pairs import eval_algorithm
 from rlhub.types import Batch
+from workers.crew import Crew
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PIECE = 64  # documents that are scored at once
 
@@ -43,7 +52,7 @@ class PackedDocuments:
     length: int
     eos_id: int
     noise: Noise
-    _last: list[Any] = field(default_factory=lambda: [-1, None, None], compare=False)  # the epoch that was asked for last
+    _epochs: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, compare=False)  # the one that was asked for last
 
     @property
     def rows_per_epoch(self) -> int:
@@ -52,14 +61,16 @@ class PackedDocuments:
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int32 [T] of an epoch (counted from 0) and the documents int32 [T] that they belong to."""
-        if self._last[0] != epoch:
+        if epoch not in self._epochs:
             order = self.noise.generator("data/documents/order", uid=epoch).permutation(len(self.documents))
             pieces = [self.documents[index] for index in order]
             if self.packing == "eod":
                 pieces = [np.append(piece, self.eos_id) for piece in pieces]
             tokens = np.concatenate(pieces).astype(np.int32)
-            self._last[:] = [epoch, tokens, np.repeat(np.arange(len(pieces), dtype=np.int32), [len(piece) for piece in pieces])]
-        return self._last[1], self._last[2]
+            document = np.repeat(np.arange(len(pieces), dtype=np.int32), [len(piece) for piece in pieces])
+            self._epochs.clear()
+            self._epochs[epoch] = tokens, document
+        return self._epochs[epoch]
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and documents of a row, counted through all epochs."""
@@ -72,10 +83,10 @@ class PackedDocuments:
         """The rows of a step, counted from 1."""
         rows = [self.row((step - 1) * size + number) for number in range(size)]
         segments = [document for _, document in rows] if self.packing == "adaptive" else None
-        return document_batch([tokens for tokens, _ in rows], SFT, step, segments)
+        return document_batch([tokens for tokens, _ in rows], Phase.SFT, step, segments)
 
 
-def pack_documents(task: Task, tokenizer: Any, packing: str, length: int, noise: Noise) -> PackedDocuments:
+def pack_documents(task: Task, tokenizer: PreTrainedTokenizerFast, packing: str, length: int, noise: Noise) -> PackedDocuments:
     """The documents of a task's training split as rows of `length` tokens.
 
     Raises:
@@ -85,7 +96,7 @@ def pack_documents(task: Task, tokenizer: Any, packing: str, length: int, noise:
     return PackedDocuments(documents, packing, length, tokenizer.eos_token_id, noise)
 
 
-def encode_documents(task: Task, tokenizer: Any) -> list[np.ndarray]:
+def encode_documents(task: Task, tokenizer: PreTrainedTokenizerFast) -> list[np.ndarray]:
     """int32 [n] of each document of a split, in the order of the data.
 
     Raises:
@@ -101,11 +112,11 @@ def encode_documents(task: Task, tokenizer: Any) -> list[np.ndarray]:
     return [document for document in documents if len(document)]
 
 
-def document_batch(rows: Sequence[np.ndarray], phase: int, step: int, segments: list[np.ndarray] | None = None) -> Batch:
+def document_batch(rows: Sequence[np.ndarray], phase: Phase, step: int, segments: list[np.ndarray] | None = None) -> Batch:
     """Rows of tokens without prompts as a batch."""
     length = np.array([len(row) for row in rows])
     return Batch(
-        uid=np.array([sample_uid(phase, step, number, 0) for number in range(len(rows))], dtype=np.uint64),
+        uid=np.array([sample_uid(phase.number, step, number, 0) for number in range(len(rows))], dtype=np.uint64),
         group=np.arange(len(rows)),
         prompts=[np.zeros(0, dtype=np.int32)] * len(rows),
         completions=list(rows),
@@ -117,15 +128,14 @@ def document_batch(rows: Sequence[np.ndarray], phase: int, step: int, segments: 
     )
 
 
-def evaluate_documents(crew: Any, recipe: Any, task: Task, tokenizer: Any) -> dict[str, float]:
+def evaluate_documents(crew: Crew, recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerFast) -> dict[str, Metric]:
     """ELBO per token of the first `task.eval_rows` held-out documents, each alone and cut to `sampler.length` tokens."""
-    from rlhub.training.pairs import eval_algorithm
-
     documents = [document[: recipe.sampler.length] for document in encode_documents(task, tokenizer)[: recipe.task.eval_rows]]
     if not documents:
         return {}
+    algorithm = Algorithm.compose(eval_algorithm(recipe))
     total = 0.0
     for first in range(0, len(documents), PIECE):
-        batch = document_batch(documents[first : first + PIECE], EVAL, first // PIECE)
-        total += float(crew.learn("estimate", eval_algorithm(recipe), batch).value.sum())
+        batch = document_batch(documents[first : first + PIECE], Phase.EVAL, first // PIECE)
+        total += float(crew.learners.estimate(algorithm.config, algorithm.credited(batch)).value.sum())
     return {"eval/elbo_per_token": total / sum(map(len, documents)), "eval/num_documents": len(documents)}

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rewards import Item
+from rlhub.algorithm.batching import grade_of
 from rlhub.checkpoints.tokenizers import decode
 from rlhub.config.schema import Recipe
 from rlhub.errors import WorkerHung, WorkerLost
 from rlhub.noise import Noise
 from rlhub.training.rollouts import Issued
 from rlhub.types import NEVER, RewardResult, Rollout
+from workers.crew import Crew
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
-def grade(crew: Any, issued: Issued, rollouts: Sequence[Rollout], tokenizer: Any, batch_size: int) -> tuple[list[Rollout], list[str]]:
+def grade(
+    crew: Crew, issued: Issued, rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerFast, batch_size: int
+) -> tuple[list[Rollout], list[str]]:
     """The rollouts with their grades, and their texts. Graders get prompts as the task has them, text or chat messages."""
     texts = [decode(tokenizer, rollout.completion_ids) for rollout in rollouts]
     items = [
@@ -34,7 +41,7 @@ def rollout_facts(rollout: Rollout) -> dict[str, int]:
     return {"num_tokens": int(rollout.length), "num_forwards": int(rollout.num_forwards), "length": len(rollout.completion_ids)}
 
 
-def grade_items(crew: Any, items: Sequence[Item], batch_size: int) -> list[RewardResult]:
+def grade_items(crew: Crew, items: Sequence[Item], batch_size: int) -> list[RewardResult]:
     """One result per (prompt, completion, columns), in order.
 
     Workers give a status to whatever a grader does (`rewards/pool/FAILURES.md`), so what fails here is a worker as a whole. A batch whose
@@ -44,8 +51,8 @@ def grade_items(crew: Any, items: Sequence[Item], batch_size: int) -> list[Rewar
     waiting = [range(start, min(start + batch_size, len(items))) for start in range(0, len(items), batch_size)]
     while waiting:
         batches, waiting = waiting, []
-        pieces = [([items[index] for index in batch],) for batch in batches]
-        parts = crew.graders.map("grade", pieces, give_up=lambda index, error: error)
+        pieces = [[items[index] for index in batch] for batch in batches]
+        parts = crew.graders.grade(pieces)
         for batch, part in zip(batches, parts, strict=True):
             if isinstance(part, WorkerLost):
                 if len(batch) > 1:
@@ -60,7 +67,9 @@ def grade_items(crew: Any, items: Sequence[Item], batch_size: int) -> list[Rewar
     return [results[index] for index in range(len(items))]
 
 
-def grade_states(crew: Any, issued: Issued, rollouts: Sequence[Rollout], tokenizer: Any, recipe: Recipe) -> list[Rollout]:
+def grade_states(
+    crew: Crew, issued: Issued, rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerFast, recipe: Recipe
+) -> list[Rollout]:
     """Graded rollouts with `step_rewards`, a grade for each of the sampler's steps, as `task.state_rewards` asks; as they are without.
 
     With `every: k` the states after the k-th, 2k-th, ... and the last step are graded, and a step carries the grade of the first graded
@@ -88,7 +97,7 @@ def grade_states(crew: Any, issued: Issued, rollouts: Sequence[Rollout], tokeniz
         places.append(place)
     grades = grade_items(crew, items, recipe.reward_pool.batch_size)
     return [
-        dataclasses.replace(rollout, step_rewards=tuple(grades[place[step]] if step in place else rollout.reward for step in graded_at))
+        dataclasses.replace(rollout, step_rewards=tuple(grades[place[step]] if step in place else grade_of(rollout) for step in graded_at))
         for rollout, place in zip(rollouts, places, strict=True)
     ]
 
@@ -99,12 +108,12 @@ def state_after(rollout: Rollout, step: int, mask_id: int) -> np.ndarray:
     return np.where(filled, rollout.completion_ids, mask_id).astype(np.int32)
 
 
-def state_text(tokenizer: Any, canvas: np.ndarray, mask_text: str | None = None) -> str:
+def state_text(tokenizer: PreTrainedTokenizerFast, canvas: np.ndarray, mask_text: str | None = None) -> str:
     """The text of a state [L] up to its first EOS, with masks as `mask_text` (None: the mask token) and no other special tokens."""
     ends = np.flatnonzero(canvas == tokenizer.eos_token_id)
     hidden = set(tokenizer.all_special_ids) - {tokenizer.mask_token_id}
     shown = [token for token in (canvas[: ends[0]] if len(ends) else canvas).tolist() if token not in hidden]
-    text = tokenizer.decode(shown, skip_special_tokens=False)
+    text = str(tokenizer.decode(shown, skip_special_tokens=False))
     return text if mask_text is None else text.replace(tokenizer.mask_token, mask_text)
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rlhub.algorithm.batching import grade_of
 from rlhub.config.schema import Recipe, SamplerConfig
-from rlhub.noise import EVAL
+from rlhub.phases import Phase
+from rlhub.records.step_record import Metric
 from rlhub.tasks import Task
 from rlhub.training.grading import grade
-from rlhub.training.rollouts import evaluation_settings, generate, issue
+from rlhub.training.rollouts import evaluation_settings, issue
+from workers.crew import Crew
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PIECE = 512  # problems issued at once
 
@@ -65,31 +71,32 @@ def num_test_problems(recipe: Recipe, task: Task) -> int:
     return recipe.task.eval_rows if task.size is None else min(recipe.task.eval_rows, task.size)
 
 
-def measure(crew: Any, recipe: Recipe, task: Task, tokenizer: Any, settings: SamplerConfig) -> Measurement:
+def measure(crew: Crew, recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerFast, settings: SamplerConfig) -> Measurement:
     """One completion for each test problem, generated with `settings` and graded."""
     num_problems = num_test_problems(recipe, task)
     graded, seconds = [], 0.0
     for first in range(0, num_problems, PIECE):
-        issued = issue(task, tokenizer, EVAL, first // PIECE, first, min(PIECE, num_problems - first), 1)
+        issued = issue(task, tokenizer, Phase.EVAL, first // PIECE, first, min(PIECE, num_problems - first), 1)
         started = time.perf_counter()
-        rollouts = generate(crew, issued, settings)
+        rollouts = crew.generators.generate(issued.requests, settings, crew.version)
         seconds += time.perf_counter() - started
         graded += grade(crew, issued, rollouts, tokenizer, recipe.reward_pool.batch_size)[0]
+    grades = [grade_of(rollout) for rollout in graded]
     return Measurement(
-        values=np.array([rollout.reward.value if rollout.reward.valid else np.nan for rollout in graded]),
-        accurate=np.array([rollout.reward.accurate for rollout in graded]),
+        values=np.array([grade.value if grade.valid else np.nan for grade in grades]),
+        accurate=np.array([grade.accurate for grade in grades]),
         forwards=sum(rollout.num_forwards for rollout in graded),
         tokens=sum(rollout.length for rollout in graded),
         seconds=seconds,
     )
 
 
-def evaluate(crew: Any, recipe: Recipe, task: Task, tokenizer: Any) -> dict[str, Any]:
+def evaluate(crew: Crew, recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerFast) -> dict[str, Metric]:
     """Accuracy, mean reward and share of failed grades on the first `task.eval_rows` problems at each of `eval_temperatures`.
 
     The noise is the same at every evaluation of a run, so that its curve is not blurred by it.
     """
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Metric] = {}
     for temperature in recipe.eval_temperatures:
         measured = measure(crew, recipe, task, tokenizer, evaluation_settings(recipe.sampler, temperature))
         key = accuracy_key(temperature)

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from rlhub.checkpoints.sealed import resolve_model_path
+from rlhub.algorithm.batching import grade_of
+from rlhub.checkpoints.sealed import recipe_of_run, resolve_model_path
 from rlhub.config.recipe import load_recipe, validate
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, RecipeError, UserError, WorkerLost
 from rlhub.files import replace_file
-from rlhub.noise import SAMPLE
+from rlhub.phases import Phase
 from rlhub.records.progress import RunProgress
 from rlhub.tasks import load_task
 from rlhub.training.grading import grade
-from rlhub.training.rollouts import evaluation_settings, generate, issue
+from rlhub.training.rollouts import evaluation_settings, issue
 
 PROMPTS_AT_ONCE = 64
 
@@ -45,7 +46,7 @@ def sample_pairs(
     from workers.placement import assemble
 
     model_path = resolve_model_path(Path(path))
-    recipe = _recipe(path, model_path, overrides or [], recipe_path)
+    recipe = _recipe(model_path, overrides or [], recipe_path)
     task = load_task(recipe.task.name, recipe.task.train, "train", recipe.run.seed)
     tokenizer = load_tokenizer(str(model_path))
     crew = assemble(recipe, model_path)
@@ -56,12 +57,14 @@ def sample_pairs(
             progress.phase("pairs", num_prompts)
             for first in range(0, num_prompts, PROMPTS_AT_ONCE):
                 size = min(PROMPTS_AT_ONCE, num_prompts - first)
-                issued = issue(task, tokenizer, SAMPLE, first // PROMPTS_AT_ONCE, first, size, recipe.algorithm.completions_per_prompt)
-                rollouts = generate(crew, issued, evaluation_settings(recipe.sampler, 1.0))
+                group_size = recipe.algorithm.completions_per_prompt
+                issued = issue(task, tokenizer, Phase.SAMPLE, first // PROMPTS_AT_ONCE, first, size, group_size)
+                rollouts = crew.generators.generate(issued.requests, evaluation_settings(recipe.sampler, 1.0), crew.version)
                 rollouts, texts = grade(crew, issued, rollouts, tokenizer, recipe.reward_pool.batch_size)
-                for start in range(0, len(rollouts), recipe.algorithm.completions_per_prompt):
-                    group = range(start, start + recipe.algorithm.completions_per_prompt)
-                    values = np.array([rollouts[one].reward.value if rollouts[one].reward.valid else np.nan for one in group])
+                for start in range(0, len(rollouts), group_size):
+                    group = range(start, start + group_size)
+                    grades = [grade_of(rollouts[one]) for one in group]
+                    values = np.array([grade.value if grade.valid else np.nan for grade in grades])
                     found = best_and_worst(values)
                     if isinstance(found, str):
                         counts[found] += 1
@@ -96,13 +99,10 @@ def best_and_worst(values: np.ndarray) -> tuple[int, int] | str:
     return (best, worst) if values[best] > values[worst] else "without signal"
 
 
-def _recipe(path: Path, model_path: Path, overrides: list[str], recipe_path: str | None) -> Recipe:
+def _recipe(model_path: Path, overrides: list[str], recipe_path: str | None) -> Recipe:
     """The recipe of the run in which the model lies, or the one given, for generators and reward workers alone."""
     if recipe_path is None:
-        found = [folder / "config.yaml" for folder in (model_path, *model_path.parents) if (folder / "config.yaml").exists()]
-        if not found:
-            raise RecipeError(f"{path} lies in no run folder; say which task with --recipe RECIPE")
-        recipe_path = str(found[0])
+        recipe_path = str(recipe_of_run(model_path))
     recipe = load_recipe(recipe_path, overrides)
     validate(recipe)
     if recipe.task.reward["name"] == "none":

@@ -11,17 +11,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from rlhub.algorithm.compose import Algorithm
 from rlhub.algorithm.pairs import Pairs, encode, preference_source
 from rlhub.config.schema import AlgorithmConfig, Recipe
 from rlhub.errors import DataError
-from rlhub.noise import EVAL, PAIRS
+from rlhub.phases import Phase
+from rlhub.tasks import Split
 from rlhub.tasks.preferences import BadRow
 from rlhub.types import Batch
+from workers.crew import Crew
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PIECE = 64  # held-out pairs that are scored at once
 
@@ -32,14 +38,14 @@ class PairData:
 
     train: Pairs
     held_out: Pairs
-    bad: dict[str, list[BadRow]]
+    bad: dict[Split, list[BadRow]]
 
     @property
     def num_bad(self) -> int:
         return sum(map(len, self.bad.values()))
 
 
-def load_pairs(recipe: Recipe, tokenizer: Any, context: int) -> PairData:
+def load_pairs(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, context: int) -> PairData:
     """The preference data of a recipe, encoded.
 
     Raises:
@@ -49,8 +55,10 @@ def load_pairs(recipe: Recipe, tokenizer: Any, context: int) -> PairData:
     limit = min(recipe.pairs.max_tokens or context, context)
     canvas = recipe.sampler.length if recipe.algorithm.length == "canvas" else 0
     full = recipe.sampler.length if recipe.task.reward["name"] != "none" else 0
-    encoded, bad = {}, {}
-    for split, phase in (("train", PAIRS), ("test", EVAL)):
+    encoded: dict[Split, Pairs] = {}
+    bad: dict[Split, list[BadRow]] = {}
+    splits: dict[Split, Phase] = {"train": Phase.PAIRS, "test": Phase.EVAL}
+    for split, phase in splits.items():
         preferences, unreadable = module.load_preferences(config, split)
         encoded[split], unusable = encode(preferences, tokenizer, limit, full, canvas, phase)
         bad[split] = sorted([*unreadable, *unusable], key=lambda row: row.number)
@@ -85,7 +93,7 @@ def eval_algorithm(recipe: Recipe) -> AlgorithmConfig:
     return AlgorithmConfig(advantage={"name": "constant"}, views=views, behavior="none")
 
 
-def evaluate_pairs(crew: Any, recipe: Recipe, held_out: Pairs, margins: bool, has_reference: bool) -> dict[str, float]:
+def evaluate_pairs(crew: Crew, recipe: Recipe, held_out: Pairs, margins: bool, has_reference: bool) -> dict[str, float]:
     """Held-out preference metrics of the learners' policy on the first `pairs.eval_rows` pairs, under one fixed noise plan.
 
     Args:
@@ -95,19 +103,18 @@ def evaluate_pairs(crew: Any, recipe: Recipe, held_out: Pairs, margins: bool, ha
     count = min(recipe.pairs.eval_rows, len(held_out))
     if count == 0:
         return {}
-    algorithm = eval_algorithm(recipe)
+    algorithm = Algorithm.compose(eval_algorithm(recipe))
     pieces = np.array_split(np.arange(count), -(-count // PIECE))
     batches = [held_out.batch(piece) for piece in pieces]
+    credited = [algorithm.credited(batch) for batch in batches]
     reference = None
     if margins and recipe.algorithm.reference == "adapter_off":
-        reference = torch.cat([crew.learn("estimate", algorithm, batch, True).value for batch in batches])
+        reference = torch.cat([crew.learners.estimate(algorithm.config, batch, base=True).value for batch in credited])
     elif margins and has_reference:
-        futures = [
-            crew.runtime.submit(crew.scorers[index % len(crew.scorers)], "estimate", algorithm, recipe.run.seed, batch)
-            for index, batch in enumerate(batches)
-        ]
-        reference = torch.cat([part[0].value for part in crew.collect(futures)])
-    policy = torch.cat([crew.learn("estimate", algorithm, batch).value for batch in batches])
+        seed = recipe.run.seed
+        futures = [crew.scorers.begin_estimate(index, algorithm.config, seed, batch) for index, batch in enumerate(credited)]
+        reference = torch.cat([part[0].value for part in crew.scorers.collect(futures)])
+    policy = torch.cat([crew.learners.estimate(algorithm.config, batch).value for batch in credited])
     return eval_metrics(policy, reference, batches, margins)
 
 
@@ -127,7 +134,7 @@ def eval_metrics(policy: torch.Tensor, reference: torch.Tensor | None, batches: 
     length = torch.from_numpy(np.concatenate([batch.span for batch in batches])).double()
     reward = torch.from_numpy(np.concatenate([batch.rewards[batch.group, batch.member] for batch in batches]))
     chosen = reward > 0.5
-    metrics = {"eval/num_pairs": sum(len(batch.rewards) for batch in batches)}
+    metrics: dict[str, float] = {"eval/num_pairs": sum(len(batch.rewards) for batch in batches)}
     for name, which in (("chosen", chosen), ("rejected", ~chosen)):
         if which.any():
             metrics[f"eval/{name}_elbo_per_token"] = (policy / length)[which].mean().item()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 
-from rlhub.algorithm.compose import Algorithm
+from rlhub.algorithm.compose import CreditedBatch
 from rlhub.algorithm.pairs import PairOrder, Pairs, cache_folder
 from rlhub.training.reference_cache import ReferenceCache, cache_key, concatenated, weights_hash
+from rlhub.training.session import Session
 from rlhub.types import Batch, LogLikelihood
+from workers.runtimes.runtime import Future
 
 
 @dataclass
@@ -22,13 +24,14 @@ class PairReference:
         cache: filled already; None scores every batch live.
     """
 
-    session: Any
+    session: Session
     pairs: Pairs
     order: PairOrder
     cache: ReferenceCache | None
 
-    def estimates(self, which: np.ndarray, batch: Batch) -> tuple[list[dict[int, LogLikelihood]], dict[str, float]]:
+    def estimates(self, which: np.ndarray, credited: CreditedBatch) -> tuple[list[dict[int, LogLikelihood]], dict[str, int]]:
         """What `Learner.step` takes as the reference for the pairs `which`, and where it came from in sequences."""
+        batch = credited.batch
         if self.cache is None:
             return [self._live(which, batch.epoch)], {}
         estimate, hits = self.cache.look_up(batch.epoch, which, batch)
@@ -36,33 +39,32 @@ class PairReference:
         return [{0: estimate}], counts
 
     def _live(self, which: np.ndarray, epoch: int) -> dict[int, LogLikelihood]:
-        crew = self.session.crew
-        shares = [share for share in np.array_split(np.sort(which), len(crew.scorers)) if len(share)]
-        parts = crew.collect([submit_estimate(self.session, index, self.pairs.batch(share, epoch)) for index, share in enumerate(shares)])
+        scorers = self.session.crew.scorers
+        shares = [share for share in np.array_split(np.sort(which), len(scorers.handles)) if len(share)]
+        parts = scorers.collect([begin_estimate(self.session, index, self.pairs.batch(share, epoch)) for index, share in enumerate(shares)])
         return {index: concatenated([part[index] for part in parts]) for index in parts[0]}
 
 
-def submit_estimate(session: Any, worker: int, batch: Batch) -> Any:
-    """Ask one scorer for the reference's estimates of a batch; a future."""
-    crew, recipe = session.crew, session.recipe
-    return crew.runtime.submit(crew.scorers[worker], "estimate", recipe.algorithm, recipe.run.seed, batch)
+def begin_estimate(session: Session, worker: int, batch: Batch) -> Future[dict[int, LogLikelihood]]:
+    """Ask one scorer for the reference's estimates of a batch."""
+    recipe = session.recipe
+    return session.crew.scorers.begin_estimate(worker, recipe.algorithm, recipe.run.seed, session.algorithm.credited(batch))
 
 
-def open_reference(session: Any, order: PairOrder) -> PairReference | None:
+def open_reference(session: Session, pairs: Pairs, order: PairOrder) -> PairReference | None:
     """The reference of a run on pairs, with its cache filled; None when nothing compares with it.
 
     Raises:
         KeyboardInterrupt: the user stopped; the shards that were made stay.
     """
-    if not session.needs_reference:
+    if session.reference_path is None:
         return None
-    recipe, pairs = session.recipe, session.pairs.train
+    recipe = session.recipe
     folder = cache_folder(recipe)
     if folder is None:
         return PairReference(session, pairs, order, None)
-    algorithm = Algorithm.compose(recipe.algorithm)
     key, facts = cache_key(
-        algorithm, pairs, order.pairs_per_step, recipe.run.seed, weights_hash(session.reference_path), recipe.model.dtype
+        session.algorithm, pairs, order.pairs_per_step, recipe.run.seed, weights_hash(session.reference_path), recipe.model.dtype
     )
     cache = ReferenceCache(folder / key, facts, pairs, order)
     missing = cache.missing(recipe.run.steps)
@@ -71,9 +73,7 @@ def open_reference(session: Any, order: PairOrder) -> PairReference | None:
     if missing:
         session.progress.phase("reference", len(missing))
         get = session.crew.runtime.get
-        for done in cache.fill(
-            missing, len(session.crew.scorers), lambda worker, batch: submit_estimate(session, worker, batch), lambda future: get(future)[0]
-        ):
+        for done in cache.fill(missing, len(session.crew.scorers.handles), partial(begin_estimate, session), lambda future: get(future)[0]):
             session.progress.update(done)
             if session.stop.requested:
                 raise KeyboardInterrupt

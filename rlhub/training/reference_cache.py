@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ FORMAT = 1  # of shards, and of what makes a key; counts up with any change that
 SHARD_STEPS = 8
 DIGEST_BYTES = 16
 
-Estimate = Callable[[int, Batch], Any]  # (number of the worker, batch) -> future of the reference's LogLikelihood
+F = TypeVar("F")  # the future of an estimate
 
 
 def cache_key(
@@ -101,7 +101,7 @@ class ReferenceCache:
         return [one for one in wanted if self._read(*one) is None]
 
     def fill(
-        self, missing: Sequence[tuple[int, int]], num_workers: int, submit: Estimate, get: Callable[[Any], LogLikelihood]
+        self, missing: Sequence[tuple[int, int]], num_workers: int, submit: Callable[[int, Batch], F], get: Callable[[F], LogLikelihood]
     ) -> Iterator[int]:
         """Compute shards on all workers, one ahead so that none waits; yields the number done after each.
 
@@ -110,7 +110,7 @@ class ReferenceCache:
             get: its answer.
         """
         replace_file(self.folder / "key.json", json.dumps(self.facts, indent=2) + "\n")
-        running: deque[tuple[int, int, list[Any]]] = deque()
+        running: deque[tuple[int, int, list[F]]] = deque()
 
         def finish() -> None:
             plan, shard, futures = running.popleft()
@@ -144,7 +144,7 @@ class ReferenceCache:
         return LogLikelihood(values[:, 0], "proxy", "sequence", torch.from_numpy(batch.span), draws=draws), hits
 
     def _load(self, plan: int) -> None:
-        shards = []
+        shards: list[np.ndarray] = []
         while (values := self._read(plan, len(shards))) is not None:
             shards.append(values)
         self._plan, self._values = plan, np.concatenate(shards) if shards else self._values[:0]
@@ -181,7 +181,10 @@ class ReferenceCache:
 
 def concatenated(parts: Sequence[LogLikelihood]) -> LogLikelihood:
     """One estimate of the samples of several."""
-    draws = None if parts[0].draws is None else torch.cat([part.draws for part in parts])
+    draws = [part.draws for part in parts if part.draws is not None]
     return replace(
-        parts[0], value=torch.cat([part.value for part in parts]), length=torch.cat([part.length for part in parts]), draws=draws
+        parts[0],
+        value=torch.cat([part.value for part in parts]),
+        length=torch.cat([part.length for part in parts]),
+        draws=torch.cat(draws) if draws else None,
     )

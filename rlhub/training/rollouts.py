@@ -5,15 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlhub.algorithm.health import staleness
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config.schema import SamplerConfig
 from rlhub.errors import SyncError
 from rlhub.noise import sample_uid
+from rlhub.phases import Phase
 from rlhub.tasks import Task
 from rlhub.types import Example, Request, Rollout
+from workers.crew import Crew
+from workers.supervisor import Work
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -24,35 +30,20 @@ class Issued:
     examples: list[Example]
 
 
-def issue(task: Task, tokenizer: Any, phase: int, step: int, first_row: int, num_prompts: int, num_completions: int) -> Issued:
+def issue(
+    task: Task, tokenizer: PreTrainedTokenizerFast, phase: Phase, step: int, first_row: int, num_prompts: int, num_completions: int
+) -> Issued:
     """Ask for `num_completions` of each of `num_prompts` consecutive examples. A pure function of its arguments, so a resumed run
     issues the same uids."""
     examples = [task.example(first_row + row) for row in range(num_prompts)]
     prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
     requests, repeated = [], []
     for row, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-        group = sample_uid(phase, step, row, 0)
+        group = sample_uid(phase.number, step, row, 0)
         for member in range(num_completions):
-            requests.append(Request(sample_uid(phase, step, row, member), group, prompt))
+            requests.append(Request(sample_uid(phase.number, step, row, member), group, prompt))
             repeated.append(example)
     return Issued(requests, repeated)
-
-
-def generate(crew: Any, issued: Issued, settings: SamplerConfig) -> list[Rollout]:
-    """Rollouts of all requests, in their order, shared out over the generators."""
-    return collect_rollouts(crew, begin_rollouts(crew, issued, settings))
-
-
-def begin_rollouts(crew: Any, issued: Issued, settings: SamplerConfig) -> Any:
-    """Let the generators start on all requests with the weights of now, or newer ones; for `collect_rollouts`."""
-    share = -(-len(issued.requests) // len(crew.generators.handles))
-    pieces = [(issued.requests[start : start + share], settings, crew.version) for start in range(0, len(issued.requests), share)]
-    return crew.generators.begin("generate", pieces)
-
-
-def collect_rollouts(crew: Any, work: Any) -> list[Rollout]:
-    """Wait for rollouts, in the order of their requests."""
-    return [rollout for part in crew.generators.collect(work) for rollout in part]
 
 
 @dataclass
@@ -71,12 +62,12 @@ class RolloutQueue:
         >>> issued, rollouts = queue.batch(1)  # batch 2 is on its way now  # doctest: +SKIP
     """
 
-    crew: Any
+    crew: Crew
     request: Callable[[int], Issued]
     settings: SamplerConfig
     ahead: int
     last_step: int
-    begun: dict[int, tuple[Issued, Any]] = field(default_factory=dict, init=False)
+    begun: dict[int, tuple[Issued, Work[list[Rollout]]]] = field(default_factory=dict, init=False)
 
     def batch(self, step: int) -> tuple[Issued, list[Rollout]]:
         """The batch of a step, after asking for those ahead of it.
@@ -87,9 +78,9 @@ class RolloutQueue:
         for coming in range(step, min(step + self.ahead, self.last_step) + 1):
             if coming not in self.begun:
                 issued = self.request(coming)
-                self.begun[coming] = issued, begin_rollouts(self.crew, issued, self.settings)
+                self.begun[coming] = issued, self.crew.generators.begin_generate(issued.requests, self.settings, self.crew.version)
         issued, work = self.begun.pop(step)
-        rollouts = collect_rollouts(self.crew, work)
+        rollouts = self.crew.generators.finish_generate(work)
         age = staleness(rollouts, self.crew.version)
         if age.max() > self.ahead:
             oldest = rollouts[int(age.argmax())].uid

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -26,19 +26,23 @@ from rlhub.files import replace_file
 from rlhub.networks.rope import extend
 from rlhub.noise import Noise
 from rlhub.parts import load_part
+from rlhub.phases import Phase
 from rlhub.planning.plan import make_plan
 from rlhub.planning.view import format_plan
 from rlhub.records.metrics import read_metrics, summarize
 from rlhub.records.progress import RunProgress, summary_panel
 from rlhub.records.trackers import Trackers
 from rlhub.reports.page import write_report
-from rlhub.tasks import load_task, task_tokenizer
+from rlhub.tasks import Task, load_task, task_tokenizer
 from rlhub.training import controller
 from rlhub.training.held_out import shared_prompts
 from rlhub.training.pairs import load_pairs, report_bad
 from rlhub.training.session import Session, StopRequest, last_position
 
-PHASES = {"sft": controller.run_sft, "online": controller.run_online, "pairs": controller.run_pairs}
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+LOOPS = {Phase.SFT: controller.run_sft, Phase.ONLINE: controller.run_online, Phase.PAIRS: controller.run_pairs}
 # Between attempts of one run. Its name is that of its folder, which may have been moved.
 MAY_CHANGE = ("run.name", "run.output_dir", "run.resume", "run.keep_checkpoints", "run.trackers", "run.dashboard", "about")
 
@@ -63,14 +67,15 @@ def _train(recipe: Recipe, console: Console | None) -> Path:
     console = console or Console()
     folder = Path(recipe.run.output_dir).resolve() / recipe.run.name
     resumed = _open_folder(recipe, folder)
-    position, wall_before = last_position(folder, recipe.run.phases) if resumed else (None, 0.0)
+    position, wall_before = last_position(folder) if resumed else (None, 0.0)
     console.print(f"run folder {folder}", markup=False, highlight=False, soft_wrap=True)
     if "working_dir_files" in folder.parts:
         console.print(
             "it lies in the copy that Ray made for this job and will delete; set run.output_dir to a folder that stays", markup=False
         )
-    last = (recipe.run.phases[-1], recipe.sft.steps if recipe.run.phases[-1] == "sft" else recipe.run.steps)
-    if position == last:
+    phases = [Phase(name) for name in recipe.run.phases]
+    last = (phases[-1], recipe.sft.steps if phases[-1] is Phase.SFT else recipe.run.steps)
+    if position is not None and position == last:
         console.print(f"this run is finished (phase {position[0]}, step {position[1]}); nothing to do", markup=False)
         _finish(folder, console)
         return folder
@@ -85,7 +90,7 @@ def _train(recipe: Recipe, console: Console | None) -> Path:
         _check_held_out(train_task, eval_task, console)
         _check_lengths(recipe, context, tokenizer, [train_task, eval_task])
     pairs = None
-    if "pairs" in recipe.run.phases or task_kind(recipe) == "preferences":
+    if Phase.PAIRS in phases or task_kind(recipe) == "preferences":
         pairs = load_pairs(recipe, tokenizer, context)
         bad = report_bad(pairs, folder / "bad_pairs.jsonl")
         if bad is not None:
@@ -100,15 +105,14 @@ def _train(recipe: Recipe, console: Console | None) -> Path:
     try:
         with Trackers(folder, recipe.run.trackers) as trackers, RunProgress(console) as progress, StopRequest(progress) as stop:
             if resumed:
-                phase, step = position or (recipe.run.phases[0], -1)
-                trackers.truncate_after(phase, step, recipe.run.phases)
+                phase, step = position or (phases[0], -1)
+                trackers.truncate_after(phase, step, phases)
             session = Session(
                 recipe, folder, model_path, tokenizer, train_task, eval_task, crew, trackers, progress, position, stop, wall_before, pairs
             )
             session.started = started
-            done = recipe.run.phases.index(position[0]) if position else 0
-            for phase in recipe.run.phases[done:]:
-                PHASES[phase](session)
+            for phase in phases[phases.index(position[0]) if position else 0 :]:
+                LOOPS[phase](session)
     finally:
         crew.close()
     _finish(folder, console)
@@ -222,14 +226,14 @@ def _extend_context(base: Path, path: Path, rope: RopeConfig) -> None:
     replace_file(path / "config.json", json.dumps(published | config, indent=2) + "\n")
 
 
-def _context(model_path: Path, tokenizer: Any) -> int:
+def _context(model_path: Path, tokenizer: PreTrainedTokenizerFast) -> int:
     """The longest row of tokens that the model takes, after checking that it can mask."""
     if tokenizer.mask_token_id is None:
         raise CheckpointError(f"the tokenizer in {model_path} has no mask token; set mask_token in tokenizer_config.json")
     return empty_network(published_config(model_path), str(model_path)).max_length
 
 
-def _check_held_out(train_task: Any, eval_task: Any, console: Console) -> None:
+def _check_held_out(train_task: Task, eval_task: Task, console: Console) -> None:
     shared = shared_prompts(train_task, eval_task)
     if shared and shared == eval_task.size:
         raise RecipeError(f"all {shared} test prompts are training prompts too; give held-out rows of their own, such as task.eval.path")
@@ -237,7 +241,7 @@ def _check_held_out(train_task: Any, eval_task: Any, console: Console) -> None:
         console.print(f"{shared} of {eval_task.size} test prompts occur in the training data, so accuracy flatters", markup=False)
 
 
-def _check_lengths(recipe: Recipe, context: int, tokenizer: Any, tasks: list[Any]) -> None:
+def _check_lengths(recipe: Recipe, context: int, tokenizer: PreTrainedTokenizerFast, tasks: list[Task]) -> None:
     """Refuse prompts that do not fit the context before anything starts, on the first examples of each split."""
     from rlhub.checkpoints.tokenizers import encode_prompts
 

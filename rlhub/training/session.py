@@ -7,24 +7,26 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from rewards.answers.text import plain
 from rlhub.algorithm.compose import Algorithm
 from rlhub.algorithm.health import staleness
 from rlhub.algorithm.replay import TOLERANCE, choose_rollouts, gap_warning
-from rlhub.checkpoints.sealed import checkpoint_name, read_manifest, remove_old_checkpoints, sealed_checkpoints, write_manifest
+from rlhub.checkpoints.sealed import checkpoint_folder, read_manifest, remove_old_checkpoints, sealed_checkpoints, write_manifest
 from rlhub.config.schema import AlgorithmConfig, OptimizerConfig, Recipe
 from rlhub.config.tasks import task_kind
 from rlhub.errors import UserError
 from rlhub.noise import Noise
+from rlhub.phases import Phase
 from rlhub.records.metrics import SpanClock, busy_union, idle_share
 from rlhub.records.progress import RunProgress
 from rlhub.records.rollout_log import dump_rollouts, rollout_path, token_namer, token_strings
+from rlhub.records.step_record import Metric, Metrics, StepRecord
 from rlhub.records.trackers import Trackers
 from rlhub.tasks import Task
 from rlhub.training.documents import evaluate_documents
@@ -32,7 +34,12 @@ from rlhub.training.held_out import evaluate
 from rlhub.training.pairs import PairData, evaluate_pairs
 from rlhub.training.rollouts import Issued
 from rlhub.types import Rollout
+from workers.crew import Crew
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Position = tuple[Phase, int]  # the phase and its last finished step
 SAMPLES_SHOWN = 32  # rollouts kept in each dump
 
 
@@ -41,7 +48,7 @@ class StopRequest:
 
     def __init__(self, progress: RunProgress) -> None:
         self.requested, self.progress = False, progress
-        self.previous: dict[int, Any] = {}
+        self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -52,7 +59,7 @@ class StopRequest:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: Any) -> None:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
@@ -61,107 +68,102 @@ class StopRequest:
 
 @dataclass
 class Session:
-    """The state that the loops share. `position` is the last finished (phase, step), from a checkpoint when resumed."""
+    """The state that the loops share, and what each part of a step does beside calling workers.
+
+    A phase begins with `begin` and `record_start`; each step is opened, closed, logged and saved by its loop.
+    """
 
     recipe: Recipe
     folder: Path
     model_path: Path  # what the first phase started from
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerFast
     train_task: Task
     eval_task: Task
-    crew: Any
+    crew: Crew
     trackers: Trackers
     progress: RunProgress
-    position: tuple[str, int] | None
+    position: Position | None  # of the checkpoint that the run continues from
     stop: StopRequest
     wall_before: float = 0.0  # seconds of earlier attempts
     pairs: PairData | None = None  # preference data, where the recipe has some
     noise: Noise = field(init=False)
     clock: SpanClock = field(default_factory=SpanClock)
-    needs_reference: bool = False  # from scorers
-    reference_path: Path | None = None  # the model folder of the reference as the phase, or its resumed part, began
+    phase: Phase = field(init=False)  # that was begun last, as all that follows
+    algorithm: Algorithm = field(init=False)
+    num_steps: int = field(default=0, init=False)
+    eval_every: int = field(default=1, init=False)
+    reference_path: Path | None = None  # model folder of the scorers as the phase, or its resumed part, began
 
     def __post_init__(self) -> None:
         self.noise = Noise(self.recipe.run.seed)
         self.started = self.clock.start
-        self.row: dict[str, Any] = {}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the phase compares with a reference that scorers hold."""
+        return self.algorithm.needs_scorers
+
+    @property
+    def preferences(self) -> PairData:
+        """The preference data of a recipe that trains on some."""
+        assert self.pairs is not None, "run.phases and task.name say whether preferences are loaded"
+        return self.pairs
 
     def span(self, name: str) -> AbstractContextManager[None]:
         """Count the time of a `with` block as `time/<name>_s` of this step."""
         return self.clock.span(name)
 
-    def begin(self, phase: str, algorithm: AlgorithmConfig, optimizer: OptimizerConfig, total_updates: int) -> None:
-        """Prepare the learners for a phase, and the reference when its objective needs one."""
-        resumed = self.position is not None and self.position[0] == phase
+    def begin(self, phase: Phase, algorithm: AlgorithmConfig, optimizer: OptimizerConfig, num_steps: int, eval_every: int) -> Algorithm:
+        """Prepare the learners for a phase, and the reference when its objective needs one; the composed algorithm."""
+        self.phase, self.num_steps, self.eval_every = phase, num_steps, eval_every
+        self.algorithm = Algorithm.compose(algorithm)
         start = self._phase_start(phase)
-        self.crew.learn("begin", algorithm, optimizer, total_updates, str(start))
-        if resumed:
-            self.crew.learn("load", str(self._checkpoint(*self.position)))
-        self.needs_reference = Algorithm.compose(algorithm).needs_scorers
+        resumed = None if self.position is None or self.position[0] is not phase else checkpoint_folder(self.folder, *self.position)
+        self.crew.learners.begin(algorithm, optimizer, num_steps * algorithm.updates, str(start))
+        if resumed is not None:
+            self.crew.learners.load(str(resumed))
+        self.reference_path = None
         if self.needs_reference:
-            followed = self._checkpoint(*self.position) / "reference" if resumed else start
+            followed = start if resumed is None else resumed / "reference"
             self.reference_path = followed if followed.exists() else start
-            self.crew.set_reference(str(self.reference_path))
+            self.crew.scorers.load(str(self.reference_path))
+        return self.algorithm
 
-    def steps(self, phase: str, total: int, eval_every: int) -> Iterator[int]:
-        """The steps still to be made, each evaluated, logged and checkpointed as the recipe says when the loop comes back for the next.
-
-        The policy before the first step is evaluated as step 0. Ctrl-C or SIGTERM finishes the step, saves a checkpoint and ends.
-        """
-        done = self.position[1] if self.position is not None and self.position[0] == phase else 0
-        self.progress.phase(phase, total, done)
+    def record_start(self) -> None:
+        """Give the generators the weights that the phase starts from, and log what these can do as step 0."""
+        done = self._num_done()
+        self.progress.phase(self.phase, self.num_steps, done)
         if self.crew.generators.handles:
-            self.publish_at(phase, done)
+            self.publish(done)
         if done == 0:
             self.clock.reset()
-            self._log(phase, 0, self._evaluate(phase))
-        for step in range(done + 1, total + 1):
-            self.clock.reset()
-            self.crew.runtime.take_intervals()
-            self.row = {}
-            yield step
-            due = step % eval_every == 0 or step == total
-            if due and phase != "online" and self.crew.generators.handles:
-                self.publish_at(phase, step)
-            row = self.row | (self._evaluate(phase) if due else {})
-            self.position = (phase, step)
-            self._log(phase, step, row)
-            every = eval_every if phase == "sft" else self.recipe.run.checkpoint_every
-            if step == total or step % every == 0 or self.stop.requested:
-                self._save(phase, step)
-            if self.stop.requested:
-                raise KeyboardInterrupt
+            record = StepRecord(self.phase, 0)
+            record.add(self.evaluate())
+            self.log(record)
 
-    def publish(self, step: int) -> None:
-        """Send the learners' weights to the generators after an online step."""
-        self.publish_at("online", step)
-        self.follow_policy("online", step)
+    def remaining_steps(self) -> range:
+        """The steps of the phase that are still to be made, counted from 1."""
+        return range(self._num_done() + 1, self.num_steps + 1)
 
-    def follow_policy(self, phase: str, step: int) -> None:
-        """Give the scorers the policy's weights where the recipe says `sync_every:N` and N steps are over."""
-        name, _, every = self.recipe.algorithm.reference.partition(":")
-        if name == "sync_every" and self.needs_reference and step % int(every) == 0:
-            if phase != "online":
-                self.publish_at(phase, step)
-            self.crew.copy_reference()
+    def open_step(self, step: int) -> StepRecord:
+        """Start the clocks of a step."""
+        self.clock.reset()
+        self.crew.runtime.take_intervals()
+        return StepRecord(self.phase, step)
 
-    def publish_at(self, phase: str, step: int) -> None:
-        """Versions count the steps of all phases, so they grow through a run."""
-        offset = self.recipe.sft.steps if phase != "sft" and "sft" in self.recipe.run.phases else 0
+    def publish(self, step: int) -> Metrics:
+        """Send the learners' weights after a step to the generators. Versions count the steps of all phases, so they grow through a run."""
+        offset = self.recipe.sft.steps if self.phase is not Phase.SFT and Phase.SFT in self.recipe.run.phases else 0
         receipt = self.crew.publish(offset + step, self.recipe.weights.in_flight)
-        self.row |= {"sync/receipt_ok": 1.0, "sync/version": receipt.version, "system/sync_bytes": receipt.num_bytes}
+        return {"sync/receipt_ok": 1.0, "sync/version": receipt.version, "system/sync_bytes": receipt.num_bytes}
 
-    def finish_step(self, metrics: dict[str, Any], num_samples: int) -> None:
-        """Close the clocks of a step: time per phase, idle share per role and what the controller itself cost.
+    def renews_reference(self, step: int) -> bool:
+        """Whether the reference becomes the policy after a step: with `sync_every:N`, every N steps."""
+        name, _, every = self.recipe.algorithm.reference.partition(":")
+        return name == "sync_every" and self.needs_reference and step % int(every) == 0
 
-        Raises:
-            UserError: the gradient is not finite, after which the weights are of no use.
-        """
-        if not math.isfinite(metrics.get("grad_norm", 0.0)):
-            raise UserError(
-                f"the gradient norm is {metrics['grad_norm']} after this step, so the weights are lost; the last checkpoint is whole: "
-                "start again under another run.name with a lower learning rate, or from that checkpoint with model.path"
-            )
+    def costs(self, num_samples: int) -> Metrics:
+        """What the step cost until now: time per phase, idle share per role and what the controller itself took."""
         window = self.clock.window()
         intervals = self.crew.runtime.take_intervals()
         everything = [interval for part in intervals.values() for interval in part]
@@ -172,12 +174,11 @@ class Session:
             f"system/idle_share/{role}": idle_share([i for name in intervals if name.startswith(role) for i in intervals[name]], window)
             for role in roles
         }
-        self.row |= metrics | times | idle | {"throughput/samples_per_s": num_samples / seconds, "num_samples": num_samples}
         lost = self.crew.generators.num_lost + self.crew.graders.num_lost
-        if lost:
-            self.row["system/workers_lost"] = lost
+        throughput = {"throughput/samples_per_s": num_samples / seconds, "num_samples": num_samples}
+        return times | idle | throughput | ({"system/workers_lost": lost} if lost else {})
 
-    def check_replay(self, step: int, rollouts: list[Rollout]) -> dict[str, float]:
+    def check_replay(self, step: int, rollouts: list[Rollout]) -> Metrics:
         """Have the learners recompute the recorded log-probs of `run.replay_check` rollouts; a gap in exact fp32 is told at once.
 
         Only rollouts of the learners' weights can be compared, so from the second step on there are none where batches are generated ahead.
@@ -186,7 +187,7 @@ class Session:
         chosen = choose_rollouts(current, self.recipe.run.replay_check, step)
         if not chosen:
             return {}
-        metrics = self.crew.learn("replay_check", chosen)
+        metrics = self.crew.learners.replay_check(chosen)
         if self.recipe.model.dtype == "float32" and not metrics["replay/max_gap"] <= TOLERANCE:
             self.progress.message(gap_warning(step, metrics["replay/max_gap"]))
         return metrics
@@ -198,11 +199,16 @@ class Session:
             return
         shown = rollouts[:SAMPLES_SHOWN]
         pairs = [(plain(example.prompt), text) for example, text in zip(issued.examples, texts, strict=True)]
-        strings = [token_strings(self.tokenizer, rollout.completion_ids) for rollout in shown]
+        strings = [token_strings(self.tokenizer, rollout.completion_ids.tolist()) for rollout in shown]
         dump_rollouts(rollout_path(self.folder, step), step, shown, pairs[: len(shown)], strings, token_namer(self.tokenizer))
 
-    def _evaluate(self, phase: str) -> dict[str, Any]:
-        metrics: dict[str, Any] = {}
+    def evaluates(self, step: int) -> bool:
+        """Whether the policy is evaluated after a step."""
+        return step % self.eval_every == 0 or step == self.num_steps
+
+    def evaluate(self) -> Metrics:
+        """Held-out metrics of the learners' policy, as the task has them."""
+        metrics: dict[str, Metric] = {}
         with self.span("eval"):
             if self.recipe.task.reward["name"] != "none":
                 metrics |= evaluate(self.crew, self.recipe, self.eval_task, self.tokenizer)
@@ -210,38 +216,60 @@ class Session:
                 metrics |= evaluate_documents(self.crew, self.recipe, self.eval_task, self.tokenizer)
             if self.pairs is not None:
                 metrics |= {"data/pairs": len(self.pairs.train), "data/bad_pairs": self.pairs.num_bad}
-                metrics |= evaluate_pairs(self.crew, self.recipe, self.pairs.held_out, phase == "pairs", self.needs_reference)
+                metrics |= evaluate_pairs(self.crew, self.recipe, self.pairs.held_out, self.phase is Phase.PAIRS, self.needs_reference)
         return metrics
 
-    def _log(self, phase: str, step: int, row: dict[str, Any]) -> None:
-        wall = self.wall_before + self.clock.window()[1] - self.started
-        row = {"phase": phase, "step": step, "wall_s": wall, **row}
+    def log(self, record: StepRecord) -> None:
+        """Write a step's row to all trackers and show it."""
+        row = record.row(self._wall_seconds())
         self.trackers.log(row)
-        self.progress.update(step, **row)
+        self.progress.update(record.step, **row)
 
-    def _checkpoint(self, phase: str, step: int) -> Path:
-        return self.folder / "checkpoints" / checkpoint_name(phase, step)
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step, as it is where the user stops."""
+        every = self.eval_every if self.phase is Phase.SFT else self.recipe.run.checkpoint_every
+        return step == self.num_steps or step % every == 0 or self.stop.requested
 
-    def _phase_start(self, phase: str) -> Path:
-        """The model that a phase starts from: the end of the one before, or the run's first model."""
-        phases = self.recipe.run.phases
-        before = phases[: phases.index(phase)]
-        return self._checkpoint(before[-1], self.recipe.sft.steps) / "hf" if before else self.model_path
-
-    def _save(self, phase: str, step: int) -> None:
-        folder = self._checkpoint(phase, step)
+    def save(self, step: int) -> None:
+        """Write and seal a checkpoint, and remove the oldest."""
+        folder = checkpoint_folder(self.folder, self.phase, step)
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        self.crew.learn("save", str(folder), self.tokenizer)
+        self.crew.learners.save(str(folder), self.tokenizer)
         if self.needs_reference and self.recipe.algorithm.reference.startswith("sync_every:"):
-            self.crew.save_reference(str(folder / "reference"))
-        wall = self.wall_before + self.clock.window()[1] - self.started
-        write_manifest(folder, {"phase": phase, "step": step, "wall_s": wall, "process": os.getpid()})
+            self.crew.scorers.save(str(folder / "reference"))
+        write_manifest(folder, {"phase": self.phase, "step": step, "wall_s": self._wall_seconds(), "process": os.getpid()})
         remove_old_checkpoints(self.folder, self.recipe.run.keep_checkpoints)
 
+    def _num_done(self) -> int:
+        return self.position[1] if self.position is not None and self.position[0] is self.phase else 0
 
-def last_position(folder: Path, phases: list[str]) -> tuple[tuple[str, int] | None, float]:
+    def _wall_seconds(self) -> float:
+        return self.wall_before + self.clock.window()[1] - self.started
+
+    def _phase_start(self, phase: Phase) -> Path:
+        """The model that a phase starts from: the end of the one before, or the run's first model."""
+        phases = self.recipe.run.phases
+        before = phases[: [Phase(name) for name in phases].index(phase)]
+        return checkpoint_folder(self.folder, Phase(before[-1]), self.recipe.sft.steps) / "hf" if before else self.model_path
+
+
+def check_gradient(metrics: Metrics) -> None:
+    """Refuse to go on from a step whose gradient is not finite.
+
+    Raises:
+        UserError: it is not, so the learners' weights are of no use.
+    """
+    norm = metrics.get("grad_norm", 0.0)
+    if not math.isfinite(float(norm)):
+        raise UserError(
+            f"the gradient norm is {norm} after this step, so the weights are lost; the last checkpoint is whole: "
+            "start again under another run.name with a lower learning rate, or from that checkpoint with model.path"
+        )
+
+
+def last_position(folder: Path) -> tuple[Position | None, float]:
     """Where a run folder stands by its newest sealed checkpoint, and the seconds spent until then.
 
     Raises:
@@ -251,4 +279,4 @@ def last_position(folder: Path, phases: list[str]) -> tuple[tuple[str, int] | No
     if not sealed:
         return None, 0.0
     manifest = read_manifest(sealed[-1])
-    return (manifest["phase"], manifest["step"]), float(manifest["wall_s"])
+    return (Phase(manifest["phase"]), manifest["step"]), float(manifest["wall_s"])

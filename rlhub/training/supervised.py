@@ -11,16 +11,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config.schema import AlgorithmConfig, ModelConfig, Recipe, SFTConfig
 from rlhub.errors import DataError
-from rlhub.noise import SFT, Noise, sample_uid
+from rlhub.noise import Noise, sample_uid
+from rlhub.phases import Phase
 from rlhub.tasks import Task
 from rlhub.types import NEVER, Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def family_weight(model_path: Path) -> str:
@@ -107,7 +111,7 @@ def cut_at_random(batch: Batch, share: float, noise: Noise, step: int) -> Batch:
     return replace(batch, span=np.minimum(batch.span, 1 + min(int(where * longest), longest - 1)))
 
 
-def demonstration_batch(task: Task, tokenizer: Any, recipe: Recipe, step: int) -> Batch:
+def demonstration_batch(task: Task, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int) -> Batch:
     """The supervised batch of one step (1-based): demonstrations followed by EOS up to the canvas length.
 
     Raises:
@@ -129,7 +133,7 @@ def demonstration_batch(task: Task, tokenizer: Any, recipe: Recipe, step: int) -
     length = np.array([min(len(answer) + 1, canvas) for answer in answers])
     span = np.full(size, canvas) if recipe.algorithm.length == "canvas" else length
     return Batch(
-        uid=np.array([sample_uid(SFT, step, row, 0) for row in range(size)], dtype=np.uint64),
+        uid=np.array([sample_uid(Phase.SFT.number, step, row, 0) for row in range(size)], dtype=np.uint64),
         group=np.arange(size),
         prompts=prompts,
         completions=completions,

@@ -123,14 +123,14 @@ def work(learner: Learner, case: Case, folder: Path) -> dict:
     # Before the first forward, which leaves small parameters whole.
     with learner.backend.full_parameters(trained_only=True):
         found["held"] = {name: parameter.numel() for name, parameter in learner.network.named_parameters()}
-    found["metrics"] = learner.step(graded_batch(learner))
+    found["metrics"] = learner.step(learner.algorithm.credited(graded_batch(learner)))
     learner.save(str(folder / "saved"))
-    learner.step(graded_batch(learner))
+    learner.step(learner.algorithm.credited(graded_batch(learner)))
     found["after"] = published(learner)
-    learner.step(graded_batch(learner))  # somewhere else
+    learner.step(learner.algorithm.credited(graded_batch(learner)))  # somewhere else
     begin(learner, case, folder / "model")
     learner.load(str(folder / "saved"))
-    learner.step(graded_batch(learner))
+    learner.step(learner.algorithm.credited(graded_batch(learner)))
     found["again"] = published(learner)
     found["receipt"] = learner.receipt(1, BUCKET_BYTES)
     return found
@@ -139,10 +139,10 @@ def work(learner: Learner, case: Case, folder: Path) -> dict:
 def gradient(learner: Learner, case: Case) -> dict[str, torch.Tensor]:
     """Of the first update, averaged over the ranks, before any optimizer."""
     learner.algorithm, learner.backend = Algorithm.compose(case.algorithm), Summing(learner.network)
-    batch = graded_batch(learner)
+    batch = learner.algorithm.credited(graded_batch(learner))
     views = learner.make_views(batch)
     reference = learner._base_reference(batch, views, 0) if learner.algorithm.needs_reference else None
-    learner._update(batch, views[0], learner.algorithm.credit(batch), None, reference)
+    learner._update(batch, views[0], None, reference)
     return {name: averaged(parameter.grad) for name, parameter in learner.network.named_parameters() if parameter.grad is not None}
 
 
@@ -200,7 +200,7 @@ def reference_learner(root: Path, name: str, case: Case, steps: int) -> tuple[Le
     """The torch backend in this process, and the metrics of its first step."""
     learner = make_learner(root / name, case, "torch", 10**6)
     begin(learner, case)
-    metrics = [learner.step(graded_batch(learner)) for _ in range(steps)]
+    metrics = [learner.step(learner.algorithm.credited(graded_batch(learner))) for _ in range(steps)]
     return learner, metrics[0]
 
 

@@ -23,22 +23,26 @@ from safetensors.torch import load_file
 
 import rlhub
 from rlhub.algorithm.batching import make_batch
+from rlhub.algorithm.compose import Algorithm
 from rlhub.checkpoints.export import export
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config.schema import LearnerConfig, OptimizerConfig, Recipe
 from rlhub.engines.torch_engine import Engine
 from rlhub.errors import RecipeError, SyncError, UserError, WorkerLost
 from rlhub.evals.checkpoint import evaluate_checkpoint
-from rlhub.noise import ONLINE, Noise
+from rlhub.noise import Noise
 from rlhub.parts import load_part
+from rlhub.phases import Phase
 from rlhub.records.metrics import read_metrics
 from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.training.rollouts import issue
 from rlhub.training.run import train
 from rlhub.types import Batch, RewardResult
+from workers.crew import Crew, gather
+from workers.generator import Generator
 from workers.learner import Learner
-from workers.placement import Crew, assemble, gather
+from workers.placement import assemble
 from workers.runtimes.ray_runtime import RayHandle, RayRuntime
 from workers.runtimes.runtime import Resources
 from workers.sync import buckets_of, load_buckets, receipt_of
@@ -240,18 +244,18 @@ def test_errors_of_a_worker_arrive_as_themselves(tmp_path: Path) -> None:
     try:
         broken = runtime.spawn("broken", Stumbling, Resources(0.1), fails=True)
         sound = runtime.spawn("sound", Stumbling, Resources(0.1, restarts=-1))
-        for attempt in (lambda: gather(runtime, [runtime.ping(broken)]), lambda: runtime.get(runtime.submit(broken, "work"))):
+        for attempt in (lambda: gather(runtime, [runtime.ping(broken)]), lambda: runtime.get(runtime.submit(broken, Stumbling.work))):
             with pytest.raises(RecipeError) as caught:
                 attempt()
             assert str(caught.value) == "task.reward: no such file; give another"
         with pytest.raises(RecipeError, match=r"^row 3: bad$"):
-            runtime.get(runtime.submit(sound, "work"))
+            runtime.get(runtime.submit(sound, Stumbling.work))
         with pytest.raises(RecipeError, match=r"^row 4: bad$"):
-            runtime.stream(sound, "items")
+            runtime.stream(sound, Stumbling.items)
         with pytest.raises(WorkerLost, match=rf"^sound died \(.*\); its log is {tmp_path}/sound\.log$"):
-            runtime.get(runtime.submit(sound, "vanish"))
+            runtime.get(runtime.submit(sound, Stumbling.vanish))
         assert wait_for(lambda: answers(runtime, sound))
-        assert runtime.get(runtime.submit(sound, "double", runtime.submit(sound, "double", runtime.put(3)))) == 12
+        assert runtime.get(runtime.submit(sound, Stumbling.double, runtime.submit(sound, Stumbling.double, runtime.put(3)))) == 12
         busy = runtime.take_intervals()
         assert set(busy) == {"sound"} and len(busy["sound"]) == 2 and all(begin <= end for begin, end in busy["sound"])
         assert "row 3: bad" in (tmp_path / "sound.log").read_text() and "no such file" in (tmp_path / "broken.log").read_text()
@@ -295,7 +299,7 @@ def crew(tiny: Callable[..., Recipe], model: Path, tmp_path_factory: pytest.Temp
     recipe.run.output_dir = str(tmp_path_factory.mktemp("crew"))
     crew = assemble(recipe, model, Path(recipe.run.output_dir))
     crew.recipe = recipe
-    crew.learn("begin", recipe.algorithm, recipe.learner.optimizer, 8)
+    crew.learners.begin(recipe.algorithm, recipe.learner.optimizer, 8)
     yield crew
     crew.close()
 
@@ -304,11 +308,11 @@ def generate(crew: Crew, version: int) -> list[list[int]]:
     """Tokens of 8 requests, half by each generator if both are there."""
     requests = some_requests()
     pieces = [(requests[:4], crew.recipe.sampler, version), (requests[4:], crew.recipe.sampler, version)]
-    return [rollout.completion_ids.tolist() for part in crew.generators.map("generate", pieces) for rollout in part]
+    return [rollout.completion_ids.tolist() for part in crew.generators.map(Generator.generate, pieces) for rollout in part]
 
 
 def some_requests() -> list:
-    return issue(load_task("sort", {"digits": 4}, "train", 0), task_tokenizer("sort", {}), ONLINE, 1, 0, 4, 2).requests
+    return issue(load_task("sort", {"digits": 4}, "train", 0), task_tokenizer("sort", {}), Phase.ONLINE, 1, 0, 4, 2).requests
 
 
 def expected(crew: Crew, model: Path) -> list[list[int]]:
@@ -320,16 +324,16 @@ def expected(crew: Crew, model: Path) -> list[list[int]]:
 
 
 def learner_buckets(crew: Crew) -> list[np.ndarray]:
-    return [crew.runtime.get(future) for future in crew.runtime.stream(crew.learners[0], "publish", crew.bucket_bytes)]
+    return [crew.runtime.get(future) for future in crew.runtime.stream(crew.learners.handles[0], Learner.publish, crew.bucket_bytes)]
 
 
 def learn_something(crew: Crew) -> None:
-    crew.learn("step", batch_of(16))
+    crew.learners.step(Algorithm.compose(crew.recipe.algorithm).credited(batch_of(16)))
 
 
 def batch_of(size: int) -> Batch:
     """Graded rollouts of random weights, ragged in their rewards."""
-    issued = issue(load_task("sort", {"digits": 4}, "train", 0), task_tokenizer("sort", {}), ONLINE, 1, 0, size // 4, 4)
+    issued = issue(load_task("sort", {"digits": 4}, "train", 0), task_tokenizer("sort", {}), Phase.ONLINE, 1, 0, size // 4, 4)
     rng = np.random.default_rng(0)
     rollouts = [
         fake_rollout(request, rng.integers(0, 10, 4)).graded(RewardResult(float(rng.integers(0, 3)))) for request in issued.requests
@@ -345,7 +349,7 @@ def fake_rollout(request: object, completion: np.ndarray) -> object:
 
 @pytest.mark.parametrize("transport", [ObjectStore, Gloo])
 def test_both_transports_deliver_every_bit(crew: Crew, model: Path, transport: type) -> None:
-    crew.transport = transport(crew.runtime, crew.learners, crew.recipe.weights)
+    crew.transport = transport(crew.runtime, crew.learners.handles, crew.recipe.weights)
     learn_something(crew)
     published = crew.publish(100)
     assert len(published.bucket_hashes) > 3 and published.version == 100
@@ -368,7 +372,7 @@ class Tampering(ObjectStore):
 
 
 def test_a_flipped_bit_on_the_way_is_detected(crew: Crew) -> None:
-    crew.transport = Tampering(crew.runtime, crew.learners, crew.recipe.weights)
+    crew.transport = Tampering(crew.runtime, crew.learners.handles, crew.recipe.weights)
     with pytest.raises(SyncError, match=r"generator-\d holds other weights than the learners: bucket_hashes"):
         crew.publish(200)
 
@@ -383,7 +387,7 @@ def test_buckets_of_another_model_are_refused(model: Path) -> None:
 
 
 def test_gloo_survives_a_generator_that_dies_in_the_broadcast(crew: Crew, model: Path) -> None:
-    gloo = crew.transport = Gloo(crew.runtime, crew.learners, crew.recipe.weights)
+    gloo = crew.transport = Gloo(crew.runtime, crew.learners.handles, crew.recipe.weights)
     crew.publish(300)
     assert gloo.generation == 1 and set(gloo.members) == {"generator-0", "generator-1"}
     victim = gloo.members["generator-1"]
@@ -429,7 +433,8 @@ class Probe(Learner):
     def gradient(self, batch: Batch, micro_batch_tokens: int) -> torch.Tensor:
         self.backend, self.config.micro_batch_tokens = Summing(self.network), micro_batch_tokens
         self.network.zero_grad()
-        self._update(batch, self.make_views(batch)[0], self.algorithm.credit(batch), None, None)
+        credited = self.algorithm.credited(batch)
+        self._update(credited, self.make_views(credited)[0], None, None)
         return self.backend.gradient()
 
 
@@ -456,8 +461,8 @@ def spawn_learners(model: Path, tiny: Callable[..., Recipe], tmp_path_factory: p
             )
             for rank in range(count)
         ]
-        address = runtime.get(runtime.submit(learners[0], "rendezvous"))
-        everyone(runtime, learners, "join", address)
+        address = runtime.get(runtime.submit(learners[0], Probe.rendezvous))
+        everyone(runtime, learners, Probe.join, address)
         begin(runtime, learners, tiny(), model)
         return runtime, learners
 
@@ -466,12 +471,12 @@ def spawn_learners(model: Path, tiny: Callable[..., Recipe], tmp_path_factory: p
         runtime.close()
 
 
-def everyone(runtime: RayRuntime, learners: list[RayHandle], method: str, *args: object) -> list:
+def everyone(runtime: RayRuntime, learners: list[RayHandle], method: Callable, *args: object) -> list:
     return gather(runtime, [runtime.submit(learner, method, *args) for learner in learners])
 
 
 def begin(runtime: RayRuntime, learners: list[RayHandle], recipe: Recipe, model: Path) -> None:
-    everyone(runtime, learners, "begin", free_of_reference(recipe), OPTIMIZER, 8, str(model))
+    everyone(runtime, learners, Probe.begin, free_of_reference(recipe), OPTIMIZER, 8, str(model))
 
 
 def free_of_reference(recipe: Recipe):
@@ -496,7 +501,7 @@ def reference_learner(model: Path, tiny: Callable[..., Recipe]) -> Learner:
     learner = Learner(str(model), LearnerConfig(backend="torch", micro_batch_tokens=128), 0)
     learner.begin(free_of_reference(tiny()), OPTIMIZER, 8)
     for _ in range(2):
-        learner.step(batch_of(16))
+        learner.step(learner.algorithm.credited(batch_of(16)))
     return learner
 
 
@@ -505,24 +510,24 @@ def test_zero_stages_step_save_and_load(
     spawn_learners: Callable, reference_learner: Learner, tiny: Callable[..., Recipe], model: Path, tmp_path: Path, stage: int
 ) -> None:
     runtime, learners = spawn_learners(2, stage)
-    batch = batch_of(16)
-    metrics, _ = everyone(runtime, learners, "step", batch)
+    batch = Algorithm.compose(free_of_reference(tiny())).credited(batch_of(16))
+    metrics, _ = everyone(runtime, learners, Probe.step, batch)
     (tmp_path / "saved").mkdir()
-    everyone(runtime, learners, "save", str(tmp_path / "saved"))
-    everyone(runtime, learners, "step", batch)
+    everyone(runtime, learners, Probe.save, str(tmp_path / "saved"))
+    everyone(runtime, learners, Probe.step, batch)
     after = weights_of(runtime, learners, model)
     start, target = load_network(model).state_dict(), reference_learner.network.state_dict()
     assert metrics["grad_norm"] > 0
     assert distance(after, target) <= 1e-3 * distance(target, start)
 
-    everyone(runtime, learners, "step", batch)  # somewhere else
+    everyone(runtime, learners, Probe.step, batch)  # somewhere else
     begin(runtime, learners, tiny(), model)
-    everyone(runtime, learners, "load", str(tmp_path / "saved"))
+    everyone(runtime, learners, Probe.load, str(tmp_path / "saved"))
     saved = load_file(tmp_path / "saved" / "hf" / "model.safetensors")
     assert distance(weights_of(runtime, learners, model), saved) == 0.0
-    everyone(runtime, learners, "step", batch)
+    everyone(runtime, learners, Probe.step, batch)
     assert distance(weights_of(runtime, learners, model), after) == 0.0
-    receipts = everyone(runtime, learners, "receipt", 1, 2**20)
+    receipts = everyone(runtime, learners, Probe.receipt, 1, 2**20)
     assert receipts[0] == receipts[1]
     runtime.close()
 
@@ -533,7 +538,7 @@ def test_two_learners_have_the_gradient_of_one(spawn_learners: Callable, tiny: C
     whole = one.gradient(batch_of(20), 4096)
     runtime, learners = spawn_learners(2, 1)
     for tokens in (64, 4096):  # two passes with unequal numbers of micro-batches, and one pass
-        halves = everyone(runtime, learners, "gradient", batch_of(20), tokens)
+        halves = everyone(runtime, learners, Probe.gradient, batch_of(20), tokens)
         assert torch.equal(*halves)
         assert float((halves[0].double() - whole.double()).norm() / whole.double().norm()) <= 1e-6
 

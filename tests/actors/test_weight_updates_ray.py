@@ -24,8 +24,9 @@ from rlhub.noise import Noise
 from rlhub.parts import load_part
 from rlhub.tasks import task_tokenizer
 from rlhub.types import Request, Rollout
+from workers.crew import Crew
 from workers.generator import Generator
-from workers.placement import Crew, assemble
+from workers.placement import assemble
 from workers.runtimes.ray_runtime import RayRuntime
 from workers.runtimes.runtime import Resources
 from workers.sync import buckets_of, receipt_of
@@ -111,23 +112,23 @@ def test_weights_overtake_a_running_batch_where_that_is_asked_for(model: Path, t
         generator = runtime.spawn("generator-0", Stopping, Resources(1, concurrent=True), model_path=str(model), run_seed=0, threads=1)
         old, new = load_network(model), shaken(load_network(model))
         buckets = [list(buckets_of(network.state_dict(), BUCKET)) for network in (old, new)]
-        runtime.get(runtime.submit(generator, "receive", 0, BUCKET, *buckets[0]))
-        runtime.get(runtime.submit(generator, "stop"))
-        generation = runtime.submit(generator, "generate", requests(), SETTINGS, 0)
-        waits = runtime.submit(generator, "receive", 2, BUCKET, *buckets[0])
-        assert runtime.get(runtime.submit(generator, "wait_for_stop", concurrent=True))
+        runtime.get(runtime.submit(generator, Stopping.receive, 0, BUCKET, *buckets[0]))
+        runtime.get(runtime.submit(generator, Stopping.stop))
+        generation = runtime.submit(generator, Stopping.generate, requests(), SETTINGS, 0)
+        waits = runtime.submit(generator, Stopping.receive, 2, BUCKET, *buckets[0])
+        assert runtime.get(runtime.submit(generator, Stopping.wait_for_stop, concurrent=True))
         assert runtime.get(runtime.ping(generator)) > 0
         assert runtime.wait([generation, waits], timeout=0) == []
-        receipt = runtime.get(runtime.submit(generator, "receive", 1, BUCKET, *buckets[1], concurrent=True))
+        receipt = runtime.get(runtime.submit(generator, Stopping.receive, 1, BUCKET, *buckets[1], concurrent=True))
         assert receipt == receipt_of(new, 1, BUCKET)
         found = runtime.get(generation)
         assert_same(found, expected(old, new, (0, 1)))
         assert all(set(rollout.policy_version) == {0, 1} for rollout in found)
         assert runtime.get(waits) == receipt_of(old, 2, BUCKET)
-        later = runtime.get(runtime.submit(generator, "generate", requests(), SETTINGS, 1))
+        later = runtime.get(runtime.submit(generator, Stopping.generate, requests(), SETTINGS, 1))
         assert_same(later, Engine(old).generate(requests(), SETTINGS, Noise(0), 2))
         for concurrent in (False, True):
-            assert runtime.get(runtime.submit(generator, "threads", concurrent=concurrent)) == 1
+            assert runtime.get(runtime.submit(generator, Stopping.threads, concurrent=concurrent)) == 1
         assert len(runtime.take_intervals()["generator-0"]) == 9
     finally:
         runtime.close()
@@ -149,16 +150,16 @@ def crew(tiny: Callable[..., Recipe], model: Path, tmp_path_factory: pytest.Temp
 @pytest.mark.parametrize("transport", [ObjectStore, Gloo])
 def test_both_transports_deliver_in_the_middle_of_a_batch(crew: Crew, model: Path, transport: type, tmp_path: Path) -> None:
     """With receipts that agree; gloo's first push also forms its group beside the batch."""
-    crew.transport = transport(crew.runtime, crew.learners, crew.recipe.weights)
+    crew.transport = transport(crew.runtime, crew.learners.handles, crew.recipe.weights)
     old, new = load_network(model), shaken(load_network(model))
     save_network(new, tmp_path, task_tokenizer("sort", {}))
     (generator,) = crew.generators.handles
-    load = ("begin", crew.recipe.algorithm, crew.recipe.learner.optimizer, 8)
-    crew.learn(*load, str(model))
-    ObjectStore(crew.runtime, crew.learners, crew.recipe.weights).push([generator], 10)
-    crew.runtime.get(crew.runtime.submit(generator, "stop"))
-    generation = crew.runtime.submit(generator, "generate", requests(), SETTINGS, 10)
-    assert crew.runtime.get(crew.runtime.submit(generator, "wait_for_stop", concurrent=True))
-    crew.learn(*load, str(tmp_path))
+    load = (crew.recipe.algorithm, crew.recipe.learner.optimizer, 8)
+    crew.learners.begin(*load, str(model))
+    ObjectStore(crew.runtime, crew.learners.handles, crew.recipe.weights).push([generator], 10)
+    crew.runtime.get(crew.runtime.submit(generator, Stopping.stop))
+    generation = crew.runtime.submit(generator, Stopping.generate, requests(), SETTINGS, 10)
+    assert crew.runtime.get(crew.runtime.submit(generator, Stopping.wait_for_stop, concurrent=True))
+    crew.learners.begin(*load, str(tmp_path))
     assert crew.publish(11, concurrent=True) == receipt_of(new, 11, crew.bucket_bytes)
     assert_same(crew.runtime.get(generation), expected(old, new, (10, 11)))

@@ -21,9 +21,9 @@ from rlhub.records.rollout_log import read_rollouts, rollout_path
 from rlhub.training.rollouts import Issued, RolloutQueue
 from rlhub.training.run import train
 from rlhub.types import Request, Rollout
+from workers.crew import GeneratorPool
 from workers.generator import StaleWeights
 from workers.runtimes.runtime import Resources
-from workers.supervisor import Pool
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 
@@ -59,7 +59,7 @@ def request(step: int) -> Issued:
 
 def pipeline(ahead: int, num_steps: int) -> tuple[RolloutQueue, SimpleNamespace, list]:
     runtime, calls = InTurn(), []
-    generators = Pool(runtime, [runtime.spawn("generator-0", Versioned, Resources(), calls=calls)])
+    generators = GeneratorPool(runtime, [runtime.spawn("generator-0", Versioned, Resources(), calls=calls)])
     crew = SimpleNamespace(generators=generators, version=0, runtime=runtime)
     generators.refresh = lambda handle: handle.worker.adopt(crew.version)
     return RolloutQueue(crew, request, SamplerConfig(), ahead, num_steps), crew, calls

@@ -331,7 +331,7 @@ def test_likelihood_sampler_and_learner_run_unchanged(network, folder, adapters)
     learner.begin(AlgorithmConfig(), OptimizerConfig(learning_rate=1e-3, warmup_steps=0), 1)
     trained = {name: weight.clone() for name, weight in learner.network.named_parameters() if weight.requires_grad}
     fixed = {name: tensor.clone() for name, tensor in learner.network.state_dict().items() if name not in trained}
-    metrics = learner.step(make_batch(graded, span="canvas"))
+    metrics = learner.step(learner.algorithm.credited(make_batch(graded, span="canvas")))
     assert 0 < metrics["grad_norm"] < float("inf")
     after = learner.network.state_dict()
     moved = [name for name in trained if not torch.equal(after[name], trained[name])]

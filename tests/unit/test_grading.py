@@ -10,22 +10,23 @@ from fakes import Scripted
 from helpers import a_rollout
 
 from rlhub.config.schema import Recipe
-from rlhub.noise import ONLINE, Noise
+from rlhub.noise import Noise
+from rlhub.phases import Phase
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.training.grading import grade, shuffle_grades
 from rlhub.training.rollouts import issue
 from rlhub.types import RewardResult, Rollout
+from workers.crew import GraderPool
 from workers.reward import RewardWorker
 from workers.runtimes.runtime import LocalRuntime, Resources
-from workers.supervisor import Pool
 
 
 def test_grades_of_a_batch_survive_the_completion_that_kills_its_grader(tiny: Callable[..., Recipe]) -> None:
     tokenizer = task_tokenizer("sort", {})
     recipe = tiny()
-    issued = issue(load_task("sort", recipe.task.train, "train", 0), tokenizer, ONLINE, 1, 0, 10, 1)
+    issued = issue(load_task("sort", recipe.task.train, "train", 0), tokenizer, Phase.ONLINE, 1, 0, 10, 1)
     runtime, calls = LocalRuntime(), []
-    graders = Pool(runtime, [runtime.spawn("reward-0", Scripted, Resources(), label="reward-0", calls=calls, script=[])], attempts=2)
+    graders = GraderPool(runtime, [runtime.spawn("reward-0", Scripted, Resources(), label="reward-0", calls=calls, script=[])], attempts=2)
     poisonous = SimpleNamespace(
         eos_token_id=tokenizer.eos_token_id, decode=lambda ids, skip_special_tokens: "poison" if ids[0] == 5 else "1 2"[: ids[0] % 3 + 1]
     )

@@ -8,10 +8,11 @@ from pathlib import Path
 from fakes import recording_crew, session_of
 
 from rlhub.config.schema import Recipe
-from rlhub.noise import ONLINE
+from rlhub.phases import Phase
 from rlhub.records.trackers import Trackers
 from rlhub.training import controller
 from rlhub.training.rollouts import issue
+from workers.generator import Generator
 
 ONE_PHASE = ("run.phases=[online]", "run.eval_every=9", "eval_temperatures=[0.0]")
 
@@ -40,10 +41,12 @@ def test_a_step_asks_every_role_in_turn(tiny: Callable[..., Recipe], tmp_path: P
     assert [args[1:] for role, method, args in second if method == "score"] == [(0, 2), (1, 2)]
     batch, views, *reference = second[-1][2]
     assert len(batch) == 16 and views == ["views"] and len(reference) == 2
+    received = [args[0] for _, method, args in second if method in ("make_views", "step")]
+    assert all(one is batch for one in received) and batch.credit.advantages.shape == (16,), "the credit is computed once, with the batch"
     # A generator that lost its weights between two steps is served the last version.
     crew.generators.handles[0].worker.version = -1
-    issued = issue(session.train_task, session.tokenizer, ONLINE, 3, 0, 4, 4)
-    assert len(crew.generators.map("generate", [(issued.requests, recipe.sampler, crew.version)])[0]) == 16
+    issued = issue(session.train_task, session.tokenizer, Phase.ONLINE, 3, 0, 4, 4)
+    assert len(crew.generators.map(Generator.generate, [(issued.requests, recipe.sampler, crew.version)])[0]) == 16
     assert crew.generators.handles[0].worker.version == crew.version == 2
 
 

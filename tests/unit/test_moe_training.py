@@ -62,8 +62,8 @@ def learner_on(
 
 def gradient_of(learner: Learner) -> torch.Tensor:
     """Of the first update, before the optimizer."""
-    batch = batch_of()
-    learner._update(batch, learner.make_views(batch)[0], learner.algorithm.credit(batch), None, None)
+    batch = learner.algorithm.credited(batch_of())
+    learner._update(batch, learner.make_views(batch)[0], None, None)
     return torch.cat([parameter.grad.flatten().double() for parameter in learner.network.parameters()])
 
 
@@ -88,7 +88,7 @@ def test_auxiliary_gradient_is_exact_however_the_views_are_cut(folder):
 
     learner = learner_on(folder, config)
     batch, network = batch_of(), load_network(folder)
-    (views,) = learner.make_views(batch)
+    (views,) = learner.make_views(learner.algorithm.credited(batch))
     (run,) = micro_batches(views, 10**9)
     with record_routing(network) as record:
         micro_batch_log_probs(network, views, run)
@@ -101,15 +101,19 @@ def test_auxiliary_gradient_is_exact_however_the_views_are_cut(folder):
 
 
 def test_statistics_are_reported_by_noise_level(folder):
-    metrics = learner_on(folder, RouterConfig()).step(batch_of())
+    def step(router: RouterConfig, **options) -> dict[str, float]:
+        learner = learner_on(folder, router, **options)
+        return learner.step(learner.algorithm.credited(batch_of()))
+
+    metrics = step(RouterConfig())
     for key in ("router/load_balance", "router/z", "router/load_max_over_mean"):
         assert metrics[key] > 0
     assert any(key.startswith("router/level_") for key in metrics) and metrics["router/load_max_over_mean"] >= 1
-    cut = learner_on(folder, RouterConfig(), tokens=30).step(batch_of())
+    cut = step(RouterConfig(), tokens=30)
     assert {key: cut[key] for key in cut if key.startswith("router/")} == pytest.approx(
         {key: metrics[key] for key in metrics if key.startswith("router/")}, rel=1e-5
     )
-    silent = learner_on(folder, RouterConfig(statistics=False)).step(batch_of())
+    silent = step(RouterConfig(statistics=False))
     assert not any(key.startswith("router/") for key in silent)
 
 
@@ -118,7 +122,7 @@ def test_load_balance_evens_the_load(folder):
     for weight in (0.0, 1.0):
         learner = learner_on(folder, RouterConfig(load_balance=weight, z=0.0))
         for _ in range(15):
-            metrics = learner.step(batch_of())
+            metrics = learner.step(learner.algorithm.credited(batch_of()))
         loads.append(metrics["router/load_max_over_mean"])
     assert loads[1] < 0.9 * loads[0]
 
@@ -127,7 +131,7 @@ def test_frozen_routers_stay(folder):
     before = [router.weight.clone() for router in routers(load_network(folder))]
     for freeze in (True, False):
         learner = learner_on(folder, RouterConfig(freeze=freeze))
-        learner.step(batch_of())
+        learner.step(learner.algorithm.credited(batch_of()))
         after = [router.weight for router in routers(learner.network)]
         assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)) == freeze
 
@@ -148,7 +152,7 @@ def test_replay_keeps_the_experts_of_the_weights_that_began_the_batch(folder):
         learner = learner_on(folder, RouterConfig(replay=replay), updates=2, learning_rate=0.1)
         learner.__class__ = Watching
         learner.algorithm.config.fresh_views = "step"
-        learner.step(batch_of())
+        learner.step(learner.algorithm.credited(batch_of()))
         began, *_, last = learner.seen
         changed[replay] = any((one != other).any() for one, other in zip(began, last, strict=True))
     assert changed == {False: True, True: False}
@@ -172,7 +176,7 @@ def test_a_learner_with_the_rollouts_weights_replays_the_rollouts_experts(tmp_pa
 
     parts = {"views": {"name": "trajectory"}, "likelihood": {"name": "trajectory"}, "objective": {"name": "token_clip"}}
     learner = learner_on(tmp_path, RouterConfig(replay=True), updates=2, tokens=1, learning_rate=0.1, parts=parts)
-    batch = make_batch(rollouts, span="canvas")
+    batch = learner.algorithm.credited(make_batch(rollouts, span="canvas"))
 
     def agreement() -> float:
         views, routes = learner.make_views(batch)[0], {}

@@ -15,7 +15,8 @@ from rlhub.config.recipe import load_recipe
 from rlhub.errors import DataError
 from rlhub.models import dream, sdar
 from rlhub.models.llada import Config, LLaDA
-from rlhub.noise import SFT, Noise
+from rlhub.noise import Noise
+from rlhub.phases import Phase
 from rlhub.planning.plan import make_plan
 from rlhub.planning.view import format_plan
 from rlhub.records.metrics import read_metrics
@@ -79,7 +80,7 @@ def packed_log_probs(network, docs, packing: str, masks) -> np.ndarray:
     end = [EOS] if packing == "eod" else []
     pieces = [np.append(doc, end).astype(np.int32) for doc in docs]
     segments = [np.repeat(np.arange(len(docs), dtype=np.int32), [len(piece) for piece in pieces])] if packing == "adaptive" else None
-    batch = document_batch([np.concatenate(pieces)], SFT, 1, segments)
+    batch = document_batch([np.concatenate(pieces)], Phase.SFT, 1, segments)
     masked = np.concatenate([np.append(mask, np.zeros(len(end), dtype=bool)) for mask in masks])
     return token_log_probs(network, build_views(batch, [Row(0, 0, masked)], 1, network.profile), 10_000).numpy()
 
@@ -89,7 +90,7 @@ def test_adaptive_packing_equals_the_documents_one_by_one(network, seed):
     docs = documents(6, seed)
     generator = np.random.default_rng(seed)
     masks = [np.append(True, generator.random(len(doc) - 1) < 0.5) for doc in docs]
-    alone = build_views(document_batch(docs, SFT, 1), [Row(number, 0, mask) for number, mask in enumerate(masks)], 1, network.profile)
+    alone = build_views(document_batch(docs, Phase.SFT, 1), [Row(number, 0, mask) for number, mask in enumerate(masks)], 1, network.profile)
     expected = token_log_probs(network, alone, 10_000).numpy()
     np.testing.assert_allclose(packed_log_probs(network, docs, "adaptive", masks), expected, atol=1e-6)
     for packing in ("eod", "direct"):

@@ -29,8 +29,8 @@ from rlhub.training.rollouts import Issued
 from rlhub.training.run import train
 from rlhub.training.session import Session
 from rlhub.types import Example, Request, RewardResult, Rollout
+from workers.crew import GraderPool
 from workers.runtimes.runtime import LocalRuntime, Resources
-from workers.supervisor import Pool
 
 GRADERS = """
 import asyncio
@@ -399,7 +399,7 @@ def rollouts_of(lengths: Sequence[int]) -> tuple[Issued, list[Rollout], SimpleNa
 
 def crew_of(part: dict, **options: int) -> SimpleNamespace:
     runtime = LocalRuntime()
-    return SimpleNamespace(graders=Pool(runtime, [runtime.spawn("reward-0", Worker, Resources(), part=part, **options)]), version=0)
+    return SimpleNamespace(graders=GraderPool(runtime, [runtime.spawn("reward-0", Worker, Resources(), part=part, **options)]), version=0)
 
 
 PRICED = {
@@ -466,11 +466,12 @@ def test_means_of_parts_leave_failures_out_and_hits_are_counted() -> None:
 def test_accuracy_is_the_main_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     issued, rollouts, tokenizer = rollouts_of([3, 3, 2, 3])
     monkeypatch.setattr("rlhub.training.held_out.issue", lambda *arguments: issued)
-    monkeypatch.setattr("rlhub.training.held_out.generate", lambda *arguments: rollouts)
     task = SimpleNamespace(size=4, description="four", fingerprint=lambda: "0" * 16)
     recipe = Recipe()
     recipe.eval_temperatures = [0.0]
-    metrics = evaluate(crew_of(PRICED), recipe, task, tokenizer)
+    crew = crew_of(PRICED)
+    crew.generators = SimpleNamespace(generate=lambda *arguments: rollouts)
+    metrics = evaluate(crew, recipe, task, tokenizer)
     assert metrics["eval/accuracy"] == 0.75 and metrics["eval/reward"] < 0.75
 
 

@@ -15,12 +15,11 @@ from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig,
 from rlhub.errors import SyncError, WorkerLost
 from rlhub.models.llada import Config, LLaDA
 from rlhub.types import Receipt
+from workers.crew import Crew, GeneratorPool, GraderPool, LearnerGroup, ScorerGroup
 from workers.generator import Generator
 from workers.learner import Learner
-from workers.placement import Crew
 from workers.runtimes.runtime import LocalRuntime, Resources
 from workers.scorer import Scorer
-from workers.supervisor import Pool
 from workers.sync import CANARY_TOKENS, bucket_plan, buckets_of, load_buckets, receipt_of
 from workers.transports.object_store import Transport
 
@@ -190,10 +189,10 @@ def crew_of(folder: Path, fault: dict | None = None, lost: bool = False, num_gen
     scorer = runtime.spawn("scorer-0", Scorer, Resources(), model_path=str(folder / "first"), micro_batch_tokens=64)
     return Crew(
         runtime=runtime,
-        learners=[learner],
-        scorers=[scorer],
-        generators=Pool(runtime, generators),
-        graders=Pool(runtime, []),
+        learners=LearnerGroup(runtime, [learner]),
+        scorers=ScorerGroup(runtime, [scorer]),
+        generators=GeneratorPool(runtime, generators),
+        graders=GraderPool(runtime, []),
         transport=Transport(runtime, [learner], SyncConfig(bucket_megabytes=MEGABYTES)),
         bucket_bytes=BUCKET,
     )

@@ -10,11 +10,13 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from rlhub.config.schema import LearnerConfig, OptimizerConfig
+from rlhub.networks.decoder import Decoder
 from rlhub.networks.lora import has_adapters, training_parameters
 from workers.backends.torch_backend import adamw
 
@@ -22,7 +24,7 @@ from workers.backends.torch_backend import adamw
 class Backend:
     """See `workers.backends`. The default process group must exist."""
 
-    def __init__(self, network: torch.nn.Module, config: OptimizerConfig, total_steps: int, learner: LearnerConfig) -> None:
+    def __init__(self, network: Decoder, config: OptimizerConfig, total_steps: int, learner: LearnerConfig) -> None:
         deepspeed = import_deepspeed()
         self.stage = learner.zero_stage
         parameter = next(network.parameters())
@@ -41,8 +43,8 @@ class Backend:
         self.network = network
         self.engine, _, _, _ = deepspeed.initialize(model=_Callable(network), optimizer=optimizer, lr_scheduler=scheduler, config=settings)
 
-    def forward(self, function: Callable[[torch.nn.Module], Tensor]) -> Tensor:
-        return self.engine(function)
+    def forward(self, function: Callable[[Decoder], Tensor]) -> Tensor:
+        return cast(Tensor, self.engine(function))
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
@@ -53,11 +55,11 @@ class Backend:
         norm = self.engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm), learning_rate
 
-    def full_parameters(self, trained_only: bool = False) -> AbstractContextManager:
+    def full_parameters(self, trained_only: bool = False) -> AbstractContextManager[None]:
         if self.stage < 3:
             return nullcontext()
         wanted = training_parameters(self.network) if trained_only else self.network.parameters()
-        return import_deepspeed().zero.GatheredParameters(list(wanted))
+        return cast(AbstractContextManager[None], import_deepspeed().zero.GatheredParameters(list(wanted)))
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=has_adapters(self.network))
@@ -71,15 +73,15 @@ class Backend:
 class _Callable(torch.nn.Module):
     """Lets a function use the network inside a forward call of the engine, which prepares gathering and accumulation there."""
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    def __init__(self, network: Decoder) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, function: Callable[[torch.nn.Module], Tensor]) -> Tensor:
+    def forward(self, function: Callable[[Decoder], Tensor]) -> Tensor:
         return function(self.network)
 
 
-def import_deepspeed():
+def import_deepspeed() -> Any:
     """DeepSpeed without its compiled shared-memory collective, which would need a C++ compiler and serves inference only."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -11,21 +11,22 @@ from torch import Tensor
 
 from rlhub.algorithm.schedule import learning_rate_factor
 from rlhub.config.schema import LearnerConfig, OptimizerConfig
+from rlhub.networks.decoder import Decoder
 from rlhub.networks.lora import has_adapters, training_state
 
 
 class Backend:
     """See `workers.backends`."""
 
-    def __init__(self, network: torch.nn.Module, config: OptimizerConfig, total_steps: int, learner: LearnerConfig) -> None:
+    def __init__(self, network: Decoder, config: OptimizerConfig, total_steps: int, learner: LearnerConfig) -> None:
         self.network, self.config = network, config
         self.optimizer, self.scheduler = adamw(network, config, total_steps)
 
-    def forward(self, function: Callable[[torch.nn.Module], Tensor]) -> Tensor:
+    def forward(self, function: Callable[[Decoder], Tensor]) -> Tensor:
         return function(self.network)
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # of torch
 
     def step(self) -> tuple[float, float]:
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
@@ -33,9 +34,9 @@ class Backend:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.item(), learning_rate
+        return norm.item(), float(learning_rate)
 
-    def full_parameters(self, trained_only: bool = False) -> AbstractContextManager:
+    def full_parameters(self, trained_only: bool = False) -> AbstractContextManager[None]:
         return nullcontext()
 
     def save(self, folder: Path) -> None:
@@ -53,14 +54,12 @@ class Backend:
         self.scheduler.load_state_dict(state["scheduler"])
 
 
-def adamw(
-    network: torch.nn.Module, config: OptimizerConfig, total_steps: int
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+def adamw(network: Decoder, config: OptimizerConfig, total_steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW and its schedule over `total_steps` optimizer steps."""
     optimizer = torch.optim.AdamW(
         [parameter for parameter in network.parameters() if parameter.requires_grad],
         lr=config.learning_rate,
-        betas=tuple(config.betas),
+        betas=(config.betas[0], config.betas[1]),
         weight_decay=config.weight_decay,
         fused=True,
     )

@@ -9,12 +9,12 @@ import secrets
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhub import ROOT, SIBLINGS
 from rlhub.errors import RecipeError, WorkerLost
-from workers.runtimes.runtime import Interval, Resources
+from workers.runtimes.runtime import Future, Handle, Interval, Resources, T, T_co, Ts, W, W_co
 
 
 class Host:
@@ -54,7 +54,7 @@ class Host:
         with self._logged(method):
             return getattr(self.worker, method)(*args), (started, time.time())
 
-    def stream(self, method: str, *args: Any):
+    def stream(self, method: str, *args: Any) -> Iterator[Any]:
         """The items of a generator method, then the interval that it took."""
         started = time.time()
         with self._logged(method):
@@ -91,7 +91,7 @@ BESIDE = "beside"  # concurrency group of calls that run beside the others
 
 
 @dataclass(frozen=True)
-class RayHandle:
+class RayHandle(Handle[W_co]):
     name: str
     actor: Any
     log_file: str | None
@@ -104,9 +104,9 @@ class RayHandle:
 
 
 @dataclass(frozen=True)
-class RayFuture:
+class RayFuture(Future[T_co]):
     value: Any
-    handle: RayHandle | None  # whose result it is; None for a value that the controller put
+    handle: RayHandle[Any] | None  # whose result it is; None for a value that the controller put
 
 
 @dataclass
@@ -125,7 +125,7 @@ class RayRuntime:
     log_folder: Path | None = None
     dashboard: bool = False
     reserve_timeout: float = 120.0
-    handles: list[RayHandle] = field(default_factory=list, init=False)
+    handles: list[RayHandle[Any]] = field(default_factory=list, init=False)
     pending: list[tuple[str, Any, float]] = field(default_factory=list, init=False)  # worker, interval of a call, when it was submitted
 
     def __post_init__(self) -> None:
@@ -146,21 +146,21 @@ class RayRuntime:
         try:
             ready, _ = ray.wait([self.group.ready()], timeout=self.reserve_timeout)
             if not ready:
-                have = ray.cluster_resources()
-                cpus, gpus = (sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU"))
+                have = ray.cluster_resources()  # type: ignore[no-untyped-call]
+                cpu, gpu = (sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU"))
                 raise RecipeError(
-                    f"the roles ask for {cpus:g} CPUs and {gpus:g} GPUs, "
+                    f"the roles ask for {cpu:g} CPUs and {gpu:g} GPUs, "
                     f"the cluster has {have.get('CPU', 0):g} and {have.get('GPU', 0):g}; lower roles.* or add nodes"
                 )
         except BaseException:
             self.close()
             raise
 
-    def spawn(self, name: str, build: Callable[..., Any], resources: Resources, **kwargs: Any) -> RayHandle:
+    def spawn(self, name: str, build: Callable[..., W], resources: Resources, **kwargs: Any) -> Handle[W]:
         host = type(build.__name__, (Host,), {"__doc__": build.__doc__})
         log_file = None if self.log_folder is None else str(self.log_folder / f"{name}.log")
         actor = (
-            ray.remote(concurrency_groups={BESIDE: 1} if resources.concurrent else {})(host)
+            cast(Any, ray.remote)(concurrency_groups={BESIDE: 1} if resources.concurrent else {})(host)
             .options(
                 name=f"{name}-{secrets.token_hex(4)}",
                 num_cpus=resources.cpus,
@@ -171,39 +171,43 @@ class RayRuntime:
             )
             .remote(name, log_file, build, kwargs)
         )
-        handle = RayHandle(name, actor, log_file, resources.concurrent)
+        handle: RayHandle[W] = RayHandle(name, actor, log_file, resources.concurrent)
         self.handles.append(handle)
         return handle
 
-    def submit(self, handle: RayHandle, method: str, *args: Any, concurrent: bool = False) -> RayFuture:
-        value, interval = handle.method("call", concurrent).remote(method, *_references(args))
-        self.pending.append((handle.name, interval, time.time()))
-        return RayFuture(value, handle)
+    def submit(self, handle: Handle[W], method: Callable[[W, *Ts], T], *args: *Ts, concurrent: bool = False) -> Future[T]:
+        worker = cast(RayHandle[W], handle)
+        value, interval = worker.method("call", concurrent).remote(method.__name__, *_references(args))
+        self.pending.append((worker.name, interval, time.time()))
+        return RayFuture(value, worker)
 
-    def put(self, value: Any) -> RayFuture:
+    def put(self, value: T) -> Future[T]:
         return RayFuture(ray.put(value), None)
 
-    def stream(self, handle: RayHandle, method: str, *args: Any) -> list[RayFuture]:
-        with _translated(handle):
-            *items, interval = handle.actor.stream.options(num_returns="streaming").remote(method, *_references(args))
+    def stream(self, handle: Handle[W], method: Callable[[W, *Ts], Iterable[T]], *args: *Ts) -> list[Future[T]]:
+        worker = cast(RayHandle[W], handle)
+        with _translated(worker):
+            *items, interval = worker.actor.stream.options(num_returns="streaming").remote(method.__name__, *_references(args))
             ray.get(interval)  # where an error of the method would stand
-        self.pending.append((handle.name, interval, time.time()))
-        return [RayFuture(item, handle) for item in items]
+        self.pending.append((worker.name, interval, time.time()))
+        return [RayFuture(item, worker) for item in items]
 
-    def get(self, future: RayFuture) -> Any:
-        with _translated(future.handle):
-            return ray.get(future.value)
+    def get(self, future: Future[T]) -> T:
+        sent = cast(RayFuture[T], future)
+        with _translated(sent.handle):
+            return cast(T, ray.get(sent.value))
 
-    def wait(self, futures: Sequence[RayFuture], timeout: float | None) -> list[RayFuture]:
-        by_ref = {future.value: future for future in futures}
+    def wait(self, futures: Sequence[Future[T]], timeout: float | None) -> list[Future[T]]:
+        by_ref = {cast(RayFuture[T], future).value: future for future in futures}
         ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=timeout)
         return [by_ref[ref] for ref in ready]
 
-    def ping(self, handle: RayHandle) -> RayFuture:
-        return RayFuture(handle.method("ping", concurrent=True).remote(), handle)
+    def ping(self, handle: Handle[Any]) -> Future[int]:
+        worker = cast(RayHandle[Any], handle)
+        return RayFuture(worker.method("ping", concurrent=True).remote(), worker)
 
-    def restart(self, handle: RayHandle) -> None:
-        ray.kill(handle.actor, no_restart=False)
+    def restart(self, handle: Handle[Any]) -> None:
+        ray.kill(cast(RayHandle[Any], handle).actor, no_restart=False)
 
     def take_intervals(self) -> dict[str, list[Interval]]:
         taken: dict[str, list[Interval]] = defaultdict(list)
@@ -267,14 +271,14 @@ def _references(args: Sequence[Any]) -> list[Any]:
 class _translated:
     """Turns Ray's errors into ours: a dead worker is WorkerLost, a failed method raises what it raised."""
 
-    def __init__(self, handle: RayHandle | None) -> None:
+    def __init__(self, handle: RayHandle[Any] | None) -> None:
         self.name = "the controller" if handle is None else handle.name
         self.log = f"; its log is {handle.log_file}" if handle is not None and handle.log_file else ""
 
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> Literal[False]:
         if isinstance(error, RayTaskError):
             if isinstance(error.cause, RayActorError | ObjectLostError):
                 raise WorkerLost(f"{self.name} needed a result of a worker that died{self.log}") from error
@@ -282,3 +286,4 @@ class _translated:
         if isinstance(error, RayError):
             reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
             raise WorkerLost(f"{self.name} died ({reason}){self.log}") from error
+        return False

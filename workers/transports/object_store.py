@@ -7,37 +7,43 @@ learner that made them, and they are immutable, so a receiver that comes back la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+import numpy as np
 
 from rlhub.config.schema import SyncConfig
-from workers.runtimes.runtime import Handle, Runtime
+from rlhub.types import Receipt
+from workers.generator import Generator
+from workers.learner import Learner
+from workers.runtimes.runtime import Future, Handle, Runtime, value_of
+from workers.transports import Receiver
 
 
 class Transport:
     """See `workers.transports`."""
 
-    def __init__(self, runtime: Runtime, learners: Sequence[Handle], config: SyncConfig) -> None:
+    def __init__(self, runtime: Runtime, learners: Sequence[Handle[Learner]], config: SyncConfig) -> None:
         self.runtime, self.learners = runtime, list(learners)
         self.bucket_bytes = int(config.bucket_megabytes * 2**20)
-        self.buckets: list[Any] = []
+        self.buckets: list[Future[np.ndarray]] = []
 
-    def push(self, receivers: Sequence[Handle], version: int, concurrent: bool = False) -> dict[str, Any]:
+    def push(self, receivers: Sequence[Handle[Generator]], version: int, concurrent: bool = False) -> dict[str, Future[Receipt]]:
         self.publish()
         return {receiver.name: self.refresh(receiver, version, concurrent) for receiver in receivers}
 
     def publish(self) -> None:
         """Take the learners' weights into buckets of the controller's."""
         others = self.gather_others()
-        self.buckets = self.runtime.stream(self.learners[0], "publish", self.bucket_bytes)
+        self.buckets = self.runtime.stream(self.learners[0], Learner.publish, self.bucket_bytes)
         for other in others:
             self.runtime.get(other)
 
-    def gather_others(self) -> list[Any]:
+    def gather_others(self) -> list[Future[None]]:
         """Let the other learners take their part while the first one reads weights that they share; futures of it."""
-        return [self.runtime.submit(learner, "gather_only", self.bucket_bytes) for learner in self.learners[1:]]
+        return [self.runtime.submit(learner, Learner.gather_only, self.bucket_bytes) for learner in self.learners[1:]]
 
-    def refresh(self, receiver: Handle, version: int, concurrent: bool = False) -> Any:
-        return self.runtime.submit(receiver, "receive", version, self.bucket_bytes, *self.buckets, concurrent=concurrent)
+    def refresh(self, receiver: Handle[Receiver], version: int, concurrent: bool = False) -> Future[Receipt]:
+        buckets: list[np.ndarray] = [value_of(bucket) for bucket in self.buckets]
+        return self.runtime.submit(receiver, Receiver.receive, version, self.bucket_bytes, *buckets, concurrent=concurrent)
 
     def close(self) -> None:
         self.buckets = []

@@ -27,7 +27,7 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
         return str.__str__(value)
     for name, kind in CONTAINERS.items():
         if isinstance(value, kind):
-            return [name, *(encode(item, keep) for item in kind.__iter__(value))]
+            return [name, *(encode(item, keep) for item in kind.__iter__(value))]  # type: ignore[attr-defined]  # of list, tuple, set
     if isinstance(value, dict):
         return ["dict", *([encode(key, keep), encode(item, keep)] for key, item in dict.items(value))]
     if type(value) is complex:

@@ -170,6 +170,10 @@ def _run_in_processes(arms: Sequence[Arm], config: Any, folder: Path, report: Ca
             raise
 
 
+_count: Any = None  # of a process that trains arms: its counter of ticks, and the event that ends it
+_stop: Any = None
+
+
 def _start_process(count: Any, stop: Any) -> None:
     global _count, _stop
     _count, _stop = count, stop

@@ -62,7 +62,7 @@ def variance(recipe: Recipe, request: Request, console: Console) -> dict[str, An
         edges=_edges(recipe),
         gradient_pairs=request.gradient_pairs,
     )
-    result = {
+    result: dict[str, Any] = {
         "schema": 1,
         "recipe": recipe.run.name,
         "reference": problem.name,
@@ -185,9 +185,9 @@ def _measure(laboratory: Laboratory, policy: nn.Module, enumerable: bool) -> dic
         measured = laboratory.measure(policy)
     else:
         laws = [exact_laws(network, setting) for network in (policy, laboratory.reference)]
-        scores = exact_scores(*laws, setting.beta)
+        scores = exact_scores(laws[0], laws[1], setting.beta)
         measured = laboratory.measure(policy, scores)
-        exact = exact_cells(*laws, setting.beta, measured["edges"])
+        exact = exact_cells(laws[0], laws[1], setting.beta, measured["edges"])
         measured["exact_mean"] = float(scores.mean())
         for row in measured["cells"]:
             row["exact"] = exact[row["cell"], row["shared"]]
