@@ -15,7 +15,7 @@ from rlhub.config.schema import Recipe
 from rlhub.errors import WorkerHung, WorkerLost
 from rlhub.noise import Noise
 from rlhub.training.rollouts import Issued
-from rlhub.types import NEVER, RewardResult, Rollout
+from rlhub.types import NEVER, RewardResult, RewardStatus, Rollout
 from workers.crew import Crew
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def grade_items(crew: Crew, items: Sequence[Item], batch_size: int) -> list[Rewa
                 if len(batch) > 1:
                     waiting += [range(index, index + 1) for index in batch]
                 else:
-                    status = "timeout" if isinstance(part, WorkerHung) else "crashed"
+                    status: RewardStatus = "timeout" if isinstance(part, WorkerHung) else "crashed"
                     results[batch[0]] = RewardResult(float("nan"), status, str(part))
                 continue
             results.update(zip(batch, part, strict=False))

@@ -208,14 +208,14 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def test_publishing_gives_every_generator_the_learners_weights(tmp_path: Path) -> None:
     crew = crew_of(tmp_path, num_generators=2)
-    assert not any(same(held(handle), held(crew.learners[0])) for handle in crew.generators.handles)
+    assert not any(same(held(handle), held(crew.learners.handles[0])) for handle in crew.generators.handles)
     receipt = crew.publish(9)
     assert receipt == receipt_of(network(0), 9, BUCKET) == crew.last_receipt and crew.version == 9
     for handle in crew.generators.handles:
-        assert same(held(handle), held(crew.learners[0])) and handle.worker.version == 9
-    assert not same(held(crew.scorers[0]), held(crew.learners[0])), "the reference stays"
+        assert same(held(handle), held(crew.learners.handles[0])) and handle.worker.version == 9
+    assert not same(held(crew.scorers.handles[0]), held(crew.learners.handles[0])), "the reference stays"
     crew.copy_reference()
-    assert same(held(crew.scorers[0]), held(crew.learners[0]))
+    assert same(held(crew.scorers.handles[0]), held(crew.learners.handles[0]))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
