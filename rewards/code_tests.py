@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rewards import Prompt, column
-from rewards.sandbox.sandbox import HARNESS, MODES, Limits, Verdict, layers, run_script, run_tests
+from rewards.sandbox.client import HARNESS, MODES, Limits, Verdict, layers, run_script, run_tests
 from rlhub.types import RewardResult
 
 _BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
@@ -51,7 +51,7 @@ def prepare(config: Config) -> None:
     """Starts the sandbox.
 
     Raises:
-        rewards.sandbox.sandbox.SandboxUnavailable: this machine lacks a layer of it.
+        rewards.sandbox.client.SandboxUnavailable: this machine lacks a layer of it.
     """
     layers(config.sandbox)
 
@@ -71,7 +71,7 @@ def grade(prompt: Prompt, completion: str, row: dict[str, Any], config: Config) 
 
     Raises:
         ValueError: the row has no tests or tests that cannot be run.
-        rewards.sandbox.sandbox.SandboxError: the sandbox cannot run here, or failed.
+        rewards.sandbox.client.SandboxError: the sandbox cannot run here, or failed.
     """
     program, fenced = extract_program(completion)
     if not program.strip():

@@ -13,7 +13,7 @@ import pytest
 
 from rewards import load_grader
 from rewards.code_tests import extract_program
-from rewards.sandbox.roles import decode, encode
+from rewards.sandbox.inside.judge import decode, encode
 
 HUMANEVAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "humaneval" / "HumanEval.jsonl.gz"
 ADD = {

@@ -17,9 +17,9 @@ import pytest
 from hostile_programs import HOSTILE, Forgery, Hostile
 
 from rewards import code_tests, load_grader
-from rewards.sandbox import sandbox
-from rewards.sandbox.sandbox import Limits, layers, run_script
-from rewards.sandbox.server import ARCHITECTURES, CLONE, CLONE3, FORBIDDEN, LAST_KNOWN, filter_code
+from rewards.sandbox import client as sandbox
+from rewards.sandbox.client import Limits, layers, run_script
+from rewards.sandbox.inside.server import ARCHITECTURES, CLONE, CLONE3, FORBIDDEN, LAST_KNOWN, filter_code
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEADLINE = 1.0
@@ -330,7 +330,7 @@ def test_how_programs_end(mode):
 
 def test_without_namespaces_it_refuses_and_names_the_way_out():
     closed = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
-    command = ["unshare", "--user", "--map-root-user", "sh", "-c", closed, "-", sys.executable, "-m", "rewards.sandbox.sandbox"]
+    command = ["unshare", "--user", "--map-root-user", "sh", "-c", closed, "-", sys.executable, "-m", "rewards.sandbox.client"]
     refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert refused.returncode == 2, refused
     assert "a user namespace: unshare: No space left on device" in refused.stderr and "sandbox: weak" in refused.stderr
@@ -345,7 +345,7 @@ def test_without_namespaces_it_refuses_and_names_the_way_out():
 
 
 def test_it_runs_in_a_container_whose_only_user_is_root():
-    command = ["unshare", "--user", "--map-root-user", sys.executable, "-m", "rewards.sandbox.sandbox"]
+    command = ["unshare", "--user", "--map-root-user", sys.executable, "-m", "rewards.sandbox.client"]
     found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert found.returncode == 0 and "as user 1000" in found.stdout, found
 
@@ -359,7 +359,7 @@ def test_an_unknown_mode_is_refused():
 
 def test_programs_end_with_their_grader():
     """Kill -9 of the grader leaves nothing that runs."""
-    source = "import time; from rewards.sandbox.sandbox import *; run_script('while True: pass', limits=Limits(deadline_seconds=60))"
+    source = "import time; from rewards.sandbox.client import *; run_script('while True: pass', limits=Limits(deadline_seconds=60))"
     grader = subprocess.Popen([sys.executable, "-c", source], cwd=REPOSITORY)
     wait_until(lambda: children(grader.pid).split() and len(tree(grader.pid)) >= 4, seconds=20)
     started = tree(grader.pid)

@@ -2,7 +2,7 @@
 
 Run as a script in a fresh interpreter, so that no program shares memory with the grader; standard library only. From the outside in:
 
-    grader (rewards.sandbox.sandbox)
+    grader (rewards.sandbox.client)
       server        user and mount namespace; its root holds the interpreter, its libraries and nothing else
         keeper      one per program: new user, pid, mount, network, ipc and uts namespaces; ends them when told to or when the grader dies
           init      pid 1 of the program's namespace: limits, no capabilities, seccomp; when it ends, the kernel ends all that is left
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # By its file: this folder must not come before the standard library.
-_spec = importlib.util.spec_from_file_location("roles", Path(__file__).with_name("roles.py"))
+_spec = importlib.util.spec_from_file_location("roles", Path(__file__).with_name("judge.py"))
 roles = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(roles)
 

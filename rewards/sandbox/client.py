@@ -1,6 +1,6 @@
 """Runs programs that a model wrote, so that nothing they do reaches the grader, the machine or the verdict.
 
-    python -m rewards.sandbox.sandbox [strong | weak]      which layers are in force on this machine
+    python -m rewards.sandbox.client [strong | weak]      which layers are in force on this machine
 
 `strong` is new user, pid, mount, network, ipc and uts namespaces, a read-only root with the interpreter only, no capabilities, a seccomp
 filter, resource limits, and a memory and process cgroup where one can be had. Where a layer other than the cgroup is missing it refuses.
@@ -37,8 +37,8 @@ CGROUP_LIMITS = {"memory": ("memory.max", "memory.limit_in_bytes"), "pids": ("pi
 START_SECONDS = 30.0
 END_SECONDS = 10.0  # for the kernel to end all processes of a namespace
 
-SERVER = Path(__file__).with_name("server.py")
-HARNESS = Path(__file__).with_name("roles.py")
+SERVER = Path(__file__).parent / "inside" / "server.py"
+HARNESS = Path(__file__).parent / "inside" / "judge.py"
 
 
 class SandboxError(RuntimeError):

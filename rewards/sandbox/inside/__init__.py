@@ -1,0 +1,1 @@
+"""What runs in the sandbox: the fork server, the program and the tests."""
