@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.code_tests import Config, grade
-from rewards.sandbox.client import layers
+from rewards.sandbox import layers
 
 LIMIT = 20.0  # programs a second on two cores
 HUMANEVAL = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "humaneval" / "HumanEval.jsonl.gz"

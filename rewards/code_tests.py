@@ -11,7 +11,6 @@ Columns, one of
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import re
 import time
@@ -19,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rewards import Prompt, column
-from rewards.sandbox.client import HARNESS, MODES, Limits, Verdict, layers, run_script, run_tests
+from rewards.sandbox import MODES, Limits, Verdict, layers, run_script, run_tests
 from rlhub.types import RewardResult
 
 _BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
@@ -51,7 +50,7 @@ def prepare(config: Config) -> None:
     """Starts the sandbox.
 
     Raises:
-        rewards.sandbox.client.SandboxUnavailable: this machine lacks a layer of it.
+        rewards.sandbox.SandboxUnavailable: this machine lacks a layer of it.
     """
     layers(config.sandbox)
 
@@ -62,8 +61,8 @@ def own_limits(config: Config) -> bool:
 
 
 def version(config: Config) -> str:
-    """The interpreter that runs the programs, and the harness that calls them."""
-    return f"{platform.python_version()} {hashlib.sha256(HARNESS.read_bytes()).hexdigest()[:16]}"
+    """Of the interpreter that runs the programs."""
+    return platform.python_version()
 
 
 def grade(prompt: Prompt, completion: str, row: dict[str, Any], config: Config) -> RewardResult:
@@ -71,7 +70,7 @@ def grade(prompt: Prompt, completion: str, row: dict[str, Any], config: Config) 
 
     Raises:
         ValueError: the row has no tests or tests that cannot be run.
-        rewards.sandbox.client.SandboxError: the sandbox cannot run here, or failed.
+        rewards.sandbox.SandboxError: the sandbox cannot run here, or failed.
     """
     program, fenced = extract_program(completion)
     if not program.strip():

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from sandbox_makers import maker  # noqa: F401
 
 from rewards import load_grader
 from rewards.code_tests import extract_program
-from rewards.sandbox.inside.judge import decode, encode
+from rewards.sandbox.inside.values import decode, encode
 
 HUMANEVAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "humaneval" / "HumanEval.jsonl.gz"
 ADD = {

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import resource
 import signal
 import socket
@@ -9,17 +10,20 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hostile_programs import HOSTILE, Forgery, Hostile
+from sandbox_makers import BUBBLEWRAP, MADE_BY, maker  # noqa: F401
 
 from rewards import code_tests, load_grader
-from rewards.sandbox import client as sandbox
-from rewards.sandbox.client import Limits, layers, run_script
-from rewards.sandbox.inside.server import ARCHITECTURES, CLONE, CLONE3, FORBIDDEN, LAST_KNOWN, filter_code
+from rewards.sandbox import MODES, Limits, close, layers, run_script
+from rewards.sandbox.inside.kernel import ARCHITECTURES
+from rewards.sandbox.inside.privileges import CLONE, CLONE3, FORBIDDEN, LAST_KNOWN, filter_code
+from rewards.sandbox.servers import server
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEADLINE = 1.0
@@ -94,9 +98,9 @@ def listening(tmp_path_factory):
         port = tcp.getsockname()[1]
         udp.bind(("127.0.0.1", port))
         with socket.socket(socket.AF_UNIX) as file, socket.socket(socket.AF_UNIX) as abstract:
-            for server, address in ((file, name), (abstract, "\0" + name)):
-                server.bind(address)
-                server.listen(64)
+            for listener, address in ((file, name), (abstract, "\0" + name)):
+                listener.bind(address)
+                listener.listen(64)
             yield port, name
 
 
@@ -138,7 +142,7 @@ def test_hostile_program_succeeds_without_the_sandbox_and_fails_inside(hostile, 
         seconds = time.monotonic() - started
         assert (result.value, result.status) == (0.0, "ok") and result.detail, result
         assert seconds < DEADLINE + 1
-        wait_until(lambda: not children(sandbox._servers["strong"].process.pid))
+        wait_until(lambda: not children(server("strong").pid))
         assert not fresh.disturbed()
         assert grader("", GOOD_PROGRAM, GOOD).value == 1.0
     finally:
@@ -217,8 +221,9 @@ def inside(source: str, **limits) -> str:
     return outcome.stdout.decode()
 
 
-def test_all_layers_are_in_force_here():
+def test_all_layers_are_in_force_here(maker):  # noqa: F811
     found = layers()
+    assert f"made by {maker}" in found["root"]
     assert found["namespaces"] == "user, pid, mount, network, ipc, uts"
     assert set(found) == {"namespaces", "root", "privileges", "limits", "cgroup"}
 
@@ -248,6 +253,14 @@ def test_a_program_has_no_privileges_and_its_own_names():
         "print(*sorted(os.environ))"
     ).splitlines()
     assert facts == ["0 0", "1 2 2 1000 sandbox", "HOME LANG PATH PYTHONHASHSEED TMPDIR"]
+
+
+def test_a_program_runs_the_same_every_time():
+    """Sets of texts have the order, and random numbers the values, that they have in every other sandbox."""
+    source = "print(hash('a'))"
+    expected = subprocess.run([*PYTHON, "-c", source], env={"PYTHONHASHSEED": "0"}, capture_output=True, text=True).stdout
+    assert inside(source) == expected
+    assert inside("import random\nprint(random.random())") == f"{random.Random(0).random()}\n"
 
 
 def test_nothing_stays_for_the_next_program():
@@ -311,7 +324,7 @@ def test_all_processes_together_stay_within_the_memory_of_one():
         assert b"ESCAPED" not in outcome.stdout
 
 
-@pytest.mark.parametrize("mode", sandbox.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_how_programs_end(mode):
     def outcome(source, stdin=""):
         return run_script(source, stdin, Limits(deadline_seconds=1.0, output_kilobytes=64), mode)
@@ -330,7 +343,7 @@ def test_how_programs_end(mode):
 
 def test_without_namespaces_it_refuses_and_names_the_way_out():
     closed = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
-    command = ["unshare", "--user", "--map-root-user", "sh", "-c", closed, "-", sys.executable, "-m", "rewards.sandbox.client"]
+    command = ["unshare", "--user", "--map-root-user", "sh", "-c", closed, "-", sys.executable, "-m", "rewards.sandbox"]
     refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert refused.returncode == 2, refused
     assert "a user namespace: unshare: No space left on device" in refused.stderr and "sandbox: weak" in refused.stderr
@@ -344,8 +357,31 @@ def test_without_namespaces_it_refuses_and_names_the_way_out():
     assert weak.returncode == 0 and "group" in weak.stdout
 
 
+def test_bubblewrap_makes_the_root_where_it_can():
+    """Then every test of this module runs in both roots; where it cannot, the reason is shown."""
+    if not MADE_BY.startswith(BUBBLEWRAP):
+        pytest.skip(f"the root is made by {MADE_BY}")
+
+
+@pytest.mark.parametrize("fault", ["exit 1", "echo 'bwrap: no way' >&2; exit 1", "kill -9 $$"])
+def test_a_bubblewrap_that_does_not_work_is_named_and_not_needed(fault, monkeypatch):
+    with tempfile.TemporaryDirectory() as folder:  # which nobody can reach, unlike pytest's
+        bwrap = Path(folder, "bwrap")
+        bwrap.write_text(f"#!/bin/sh\n{fault}\n")
+        for path in (folder, bwrap):
+            os.chmod(path, 0o755)
+        monkeypatch.setenv("PATH", folder, prepend=os.pathsep)
+        close()
+        try:
+            assert f"made by rewards.sandbox ({bwrap} cannot do it" in layers()["root"]
+            assert ("no way" in fault) == ("no way" in layers()["root"])
+            assert inside("print(1)") == "1\n"
+        finally:
+            close()
+
+
 def test_it_runs_in_a_container_whose_only_user_is_root():
-    command = ["unshare", "--user", "--map-root-user", sys.executable, "-m", "rewards.sandbox.client"]
+    command = ["unshare", "--user", "--map-root-user", sys.executable, "-m", "rewards.sandbox"]
     found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert found.returncode == 0 and "as user 1000" in found.stdout, found
 
@@ -359,7 +395,7 @@ def test_an_unknown_mode_is_refused():
 
 def test_programs_end_with_their_grader():
     """Kill -9 of the grader leaves nothing that runs."""
-    source = "import time; from rewards.sandbox.client import *; run_script('while True: pass', limits=Limits(deadline_seconds=60))"
+    source = "import time; from rewards.sandbox import *; run_script('while True: pass', limits=Limits(deadline_seconds=60))"
     grader = subprocess.Popen([sys.executable, "-c", source], cwd=REPOSITORY)
     wait_until(lambda: children(grader.pid).split() and len(tree(grader.pid)) >= 4, seconds=20)
     started = tree(grader.pid)
@@ -385,9 +421,9 @@ def running(pid: int) -> bool:
 
 def test_a_dead_server_is_replaced():
     assert inside("print(1)") == "1\n"
-    server = sandbox._servers["strong"].process
-    server.kill()
-    server.wait()
+    process = server("strong").process
+    process.kill()
+    process.wait()
     assert inside("print(2)") == "2\n"
 
 
@@ -398,7 +434,7 @@ def test_a_forked_grader_has_a_server_of_its_own():
     if child == 0:
         try:
             os.write(write, inside("print(2)").encode())
-            sandbox._servers["strong"].close()
+            close()
         finally:
             os._exit(0)
     os.close(write)
