@@ -54,8 +54,7 @@ def main() -> None:
 def measure() -> dict[str, Any]:
     """All figures; the best of three repeats where it is a rate."""
     from rewards import load_grader
-    from rewards.pool.pool import RewardPool
-    from rewards.pool.settings import RewardPoolConfig
+    from rewards.pool import RewardPool, RewardPoolConfig
     from workers.reward import RewardWorker
 
     computing = {"name": f"{__file__}:busy"}
@@ -95,8 +94,8 @@ def best(work: Callable[[], Any]) -> float:
 @contextmanager
 def served(part: dict[str, Any]) -> Iterator[str]:
     """The URL of a reward server in this process."""
+    from rewards.pool import RewardPoolConfig
     from rewards.pool.server import serve_until
-    from rewards.pool.settings import RewardPoolConfig
 
     loop, stop, urls, ready = asyncio.new_event_loop(), asyncio.Event(), [], threading.Event()
 

@@ -61,28 +61,20 @@ class Grader:
     def grade_batch(self, items: Sequence[Item], deadline_seconds: float | None = None) -> list[RewardResult]:
         """One result per item, in order; an item on which the grader raises has status `crashed` with the end of the traceback.
 
-        When a batched grader raises, its items are graded alone, so that only the guilty ones fail. `deadline_seconds` ends each item
-        of a coroutine grader with status `timeout`; other graders can be stopped by ending their process only (`rewards.pool.pool`).
+        Which item it was cannot be said of a grader that takes them all in one call (`many`): what that raises is raised here, and a
+        `rewards.pool.RewardPool` then asks for each item alone. `deadline_seconds` ends each item of a coroutine grader with status
+        `timeout`; other graders can be stopped by ending their process only, which the pool does.
 
         Raises:
             WrongCount: the grader returned more or fewer results than there are items.
         """
         if not items:
             return []
-        if not self.batched:
-            return [self.grade_alone(item) for item in items]
-        try:
-            return self.grade_together(items, deadline_seconds)
-        except WrongCount:
-            raise
-        except (Exception, SystemExit) as error:
-            return [crashed(error)] if len(items) == 1 else [self.grade_alone(item) for item in items]
-
-    def grade_together(self, items: Sequence[Item], deadline_seconds: float | None = None) -> list[RewardResult]:
-        """The grades of a batched grader from one call; it raises what the call raises."""
-        if self.many is None:
+        if self.many is not None:
+            return [checked(value) for value in same_count(self._loop.value_of(self.many(items)), len(items), self.name)]
+        if self._concurrent:
             return self._loop.value_of(self._grade_concurrently(items, deadline_seconds))
-        return [checked(value) for value in same_count(self._loop.value_of(self.many(items)), len(items), self.name)]
+        return [self.grade_alone(item) for item in items]
 
     def grade_alone(self, item: Item) -> RewardResult:
         """The grade of one item without raising."""

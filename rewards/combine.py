@@ -60,15 +60,13 @@ class _Part:
 
 def grade(prompt: Prompt, completion: str, row: dict[str, Any], config: Config) -> RewardResult:
     """The combined grade; see the module."""
-    return grade_batch([(prompt, completion, row)], config)[0]
+    return _combined(config, [grader.grade_alone((prompt, completion, row)) for _, grader in _loaded(config)])
 
 
 def grade_batch(items: Sequence[Item], config: Config) -> list[RewardResult]:
-    """The combined grades; every part gets the whole batch."""
-    parts = _loaded(config)
-    grades = [grader.grade_batch(items) for _, grader in parts]
-    labels = [part.label for part, _ in parts]
-    return [_combined(config, [part for part, _ in parts], dict(zip(labels, row, strict=True))) for row in zip(*grades, strict=True)]
+    """The combined grades; every part gets the whole batch, and what it raises is raised."""
+    grades = [grader.grade_batch(items) for _, grader in _loaded(config)]
+    return [_combined(config, row) for row in zip(*grades, strict=True)]
 
 
 def batched(config: Config) -> bool:
@@ -92,7 +90,10 @@ def version(config: Config) -> str:
     return " ".join(grader.version for _, grader in _loaded(config))
 
 
-def _combined(config: Config, parts: list[_Part], grades: dict[str, RewardResult]) -> RewardResult:
+def _combined(config: Config, results: Sequence[RewardResult]) -> RewardResult:
+    """One grade from those of the parts, in their order."""
+    parts = [part for part, _ in _loaded(config)]
+    grades = {part.label: result for part, result in zip(parts, results, strict=True)}
     total = 0.0
     for part in parts:
         graded = grades[part.label]

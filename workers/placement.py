@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rewards.pool.pool import longest_call
+from rewards.pool import longest_call
 from rlhub.config.schema import Recipe
 from rlhub.errors import SyncError, WorkerLost
 from rlhub.types import Receipt

@@ -7,8 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 from rewards import Item
-from rewards.pool.pool import RewardPool
-from rewards.pool.settings import RewardPoolConfig
+from rewards.pool import RewardPool, RewardPoolConfig
 from rlhub.types import RewardResult
 
 

@@ -63,7 +63,10 @@ def main() -> None:
 def _grade(
     grader: Grader, items: list[Item], until: float, alone: bool, deadline_seconds: float | None, progress: mmap.mmap, answers: BinaryIO
 ) -> None:
-    """Sends `([(index, result), ...], is last)` one or more times. Items that have not begun by `until` get no result, except the first."""
+    """Sends `([(index, result), ...], is last)` one or more times, or `{"raised": why}` when the one call for all of them raised.
+
+    Items that have not begun by `until` get no result, except the first.
+    """
 
     def note(index: int, since: float = 0.0) -> None:
         progress[:] = PROGRESS.pack(index, since)
@@ -71,15 +74,14 @@ def _grade(
     if grader.batched and not alone:
         note(TOGETHER, time.monotonic() + (GRACE_SECONDS if grader.many is None else 0.0))
         try:
-            results = list(enumerate(grader.grade_together(items, deadline_seconds)))
+            answer = (list(enumerate(grader.grade_batch(items, deadline_seconds))), True)
         except WrongCount as error:
-            results = [(index, RewardResult(float("nan"), "crashed", str(error))) for index in range(len(items))]
-        except (Exception, SystemExit):
-            results = None  # one by one, to find the guilty one
+            answer = ([(index, RewardResult(float("nan"), "crashed", str(error))) for index in range(len(items))], True)
+        except (Exception, SystemExit) as error:
+            answer = {"raised": crashed(error).detail}
         note(IDLE)
-        if results is not None:
-            _send(answers, (results, True))
-            return
+        _send(answers, answer)
+        return
     results, flushed = [], time.monotonic()
     for index, item in enumerate(items):
         now = time.monotonic()

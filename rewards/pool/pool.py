@@ -2,7 +2,7 @@
 
 Items wait in one queue, and each process takes as many as travel together. When a process has to be ended or dies, what it had graded is
 kept, the guilty item gets a status (or another try in a fresh process, if the process died), and the innocent ones go back to the front
-of the queue. Works from any thread and needs no signals.
+of the queue. This is the only place that retries and blames items, see FAILURES.md. Works from any thread and needs no signals.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ class _Dispatcher:
         return tasks
 
     async def _grade(self, process: RewardProcess, tasks: list[_Task]) -> RewardProcess | None:
-        """Has the tasks graded, or puts them back; the process unless it had to be ended."""
+        """Has the tasks graded, or puts them back; the process unless it is gone."""
         pending = dict(enumerate(tasks))
         process.send(([task.job.items[task.index] for task in tasks], min(task.job.until for task in tasks), tasks[0].alone))
         while not isinstance(answer := await process.next(), Failure):
@@ -233,23 +233,26 @@ class _Dispatcher:
             if is_last:
                 self._put_back(pending)
                 return process
-        await process.end()
-        log.warning("reward %s: %s", self.part.get("name"), answer.detail)
-        if answer.index == TOGETHER and len(pending) > 1:
+        if answer.is_fatal:
+            await process.end()
+            log.warning("reward %s: %s", self.part.get("name"), answer.detail)
+        self._blame(pending, answer)
+        self._put_back(pending)
+        return None if answer.is_fatal else process
+
+    def _blame(self, pending: dict[int, _Task], failure: Failure) -> None:
+        """The policy, see FAILURES.md: what failed together blames nobody, and is asked for one by one; an item that failed alone has its
+        status, after `retries` more tries if a process died of it."""
+        if failure.index == TOGETHER and (len(pending) > 1 or not failure.is_fatal):
             for task in pending.values():
                 task.alone = True
-        else:
-            # A process that died between two items may have been brought down by any of those that it had not reported.
-            for index in [answer.index] if answer.index in pending else list(pending):
-                self._blame(pending, index, answer)
-        self._put_back(pending)
-        return None
-
-    def _blame(self, pending: dict[int, _Task], index: int, failure: Failure) -> None:
-        task = pending[index]
-        task.num_deaths += 1
-        if failure.status == "timeout" or task.num_deaths > self.config.retries:
-            self._settle(pending.pop(index), RewardResult(math.nan, failure.status, failure.detail))
+            return
+        # A process that died between two items may have been brought down by any of those that it had not reported.
+        for index in [failure.index] if failure.index in pending else list(pending):
+            task = pending[index]
+            task.num_deaths += 1
+            if failure.status == "timeout" or task.num_deaths > self.config.retries:
+                self._settle(pending.pop(index), RewardResult(math.nan, failure.status, failure.detail))
 
     def _put_back(self, pending: dict[int, _Task]) -> None:
         self.queue.extendleft(reversed(pending.values()))

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from rewards.pool.child import IDLE, LENGTH, PROGRESS
+from rewards.pool.child import IDLE, LENGTH, PROGRESS, TOGETHER
 from rewards.pool.settings import RewardPoolConfig
 from rlhub.errors import UserError
 
@@ -30,11 +30,13 @@ _MAIN = "import sys; sys.path[:] = sys.argv[1:]; sys.argv[1:] = []; from rewards
 
 @dataclass(frozen=True)
 class Failure:
-    """How a process came to its end: `status` and `detail` for the grade of the item at `index` (or `IDLE`, `TOGETHER`)."""
+    """What went wrong: `status` and `detail` for the grade of the item at `index` (or `IDLE`, `TOGETHER`), and whether another process
+    is needed."""
 
     status: str
     detail: str
     index: int
+    is_fatal: bool = True
 
 
 class RewardProcess:
@@ -98,7 +100,8 @@ class RewardProcess:
         self.sink.write(LENGTH.pack(len(payload)) + payload)
 
     async def next(self) -> tuple[list[tuple[int, Any]], bool] | Failure:
-        """The next results of a batch, or how the process failed: it passed the deadline or the memory limit, or is gone."""
+        """The next results of a batch, or what failed: a call for all items raised, or the process passed the deadline or the memory
+        limit, or is gone."""
         while True:
             self.reading = self.reading or asyncio.ensure_future(self._receive())
             await asyncio.wait({self.reading}, timeout=min(POLL_SECONDS, self.deadline_seconds / 4))
@@ -107,7 +110,11 @@ class RewardProcess:
                 reading, self.reading = self.reading, None
                 try:
                     message = reading.result()
-                    return Failure("crashed", message["error"], index) if isinstance(message, dict) else message
+                    if isinstance(message, tuple):
+                        return message
+                    if "raised" in message:
+                        return Failure("crashed", message["raised"], TOGETHER, is_fatal=False)
+                    return Failure("crashed", message["error"], index)
                 except (asyncio.IncompleteReadError, OSError):
                     await self._gone()
                     return Failure("crashed", f"the grading process {self._end()}", index)

@@ -10,8 +10,7 @@ from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, get_args
 
 from rewards import Item
-from rewards.pool.pool import RewardPool
-from rewards.pool.settings import RewardPoolConfig
+from rewards.pool import RewardPool, RewardPoolConfig
 from rlhub.errors import DataError, UserError
 from rlhub.tasks.jsonl import read_jsonl
 from rlhub.types import RewardResult, RewardStatus

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,29 +37,27 @@ def rollout_facts(rollout: Rollout) -> dict[str, int]:
 def grade_items(crew: Any, items: Sequence[Item], batch_size: int) -> list[RewardResult]:
     """One result per (prompt, completion, columns), in order.
 
-    A batch whose reward worker keeps dying or hanging is graded one by one, so that this status stands only at the completions that
-    are to blame, and never as a zero.
+    Workers give a status to whatever a grader does (`rewards/pool/FAILURES.md`), so what fails here is a worker as a whole. A batch whose
+    workers kept dying or hanging is graded one by one: this status stands only at the completions that are to blame.
     """
     results: dict[int, RewardResult] = {}
     waiting = [range(start, min(start + batch_size, len(items))) for start in range(0, len(items), batch_size)]
     while waiting:
         batches, waiting = waiting, []
-        give_up = partial(_give_up, [len(batch) for batch in batches])
-        parts = crew.graders.map("grade", [([items[index] for index in batch],) for batch in batches], give_up)
+        pieces = [([items[index] for index in batch],) for batch in batches]
+        parts = crew.graders.map("grade", pieces, give_up=lambda index, error: error)
         for batch, part in zip(batches, parts, strict=True):
-            if part is None:
-                waiting += [range(index, index + 1) for index in batch]
+            if isinstance(part, WorkerLost):
+                if len(batch) > 1:
+                    waiting += [range(index, index + 1) for index in batch]
+                else:
+                    status = "timeout" if isinstance(part, WorkerHung) else "crashed"
+                    results[batch[0]] = RewardResult(float("nan"), status, str(part))
                 continue
             results.update(zip(batch, part, strict=False))
             if len(part) < len(batch):  # the worker ran out of time and has graded the first ones
                 waiting.append(batch[len(part) :])
     return [results[index] for index in range(len(items))]
-
-
-def _give_up(sizes: list[int], index: int, error: WorkerLost) -> list[RewardResult] | None:
-    if sizes[index] > 1:
-        return None
-    return [RewardResult(float("nan"), "timeout" if isinstance(error, WorkerHung) else "crashed", str(error))]
 
 
 def grade_states(crew: Any, issued: Issued, rollouts: Sequence[Rollout], tokenizer: Any, recipe: Recipe) -> list[Rollout]:

@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 
 from rewards import load_grader
+from rewards.pool import RewardPoolConfig
 from rewards.pool import server as reward_server
 from rewards.pool.server import serve_until
-from rewards.pool.settings import RewardPoolConfig
 from rlhub.errors import UserError
 from rlhub.types import RewardResult
 

@@ -18,9 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rewards.pool import RewardPool, RewardPoolConfig
 from rewards.pool.cache import GradeCache
-from rewards.pool.pool import RewardPool
-from rewards.pool.settings import RewardPoolConfig
 from rlhub.errors import UserError
 from rlhub.types import RewardResult
 from workers.reward import RewardWorker
@@ -108,6 +107,8 @@ def together(prompt, completion, row):
 def batch(completions, **columns):
     with open(HERE / "calls", "a") as file:
         file.write(f"{len(completions)} ")
+    with open(HERE / "processes", "a") as file:
+        file.write(f"{os.getpid()} ")
     if "hang" in completions:
         time.sleep(1000)
     if "raise" in completions:
@@ -320,10 +321,23 @@ def test_a_batched_grader_that_hangs_dies_or_raises_is_asked_for_each_item(pool:
         results = batched.grade([item("a"), item(harm), item("b"), item("c")])
         assert counts(results, 4) == {"ok": 3, status: 1} and results[1].status == status
     (tmp_path / "calls").unlink()
+    assert counts(batched.grade([item("raise")]), 1) == {"crashed": 1}
+    assert (tmp_path / "calls").read_text() == "1 1 ", "a call that raised says nothing about its items, not even about a single one"
+    (tmp_path / "calls").unlink()
     assert counts(batched.grade([item()] * 8), 8) == {"ok": 8}
     assert (tmp_path / "calls").read_text() == "4 4 ", "batches stay whole when nothing goes wrong"
     results = batched.grade([item(), item("one more"), item()])
     assert counts(results, 3) == {"crashed": 3} and "got 4 for 3" in results[0].detail
+
+
+def test_a_batch_that_raises_costs_no_process(pool: Callable[..., RewardPool], tmp_path: Path) -> None:
+    """Loading a grader may take minutes."""
+    batched = pool("batch", batch_size=4)
+    batched.grade([item("raise"), item()])
+    batched.grade([item()])
+    assert len(set((tmp_path / "processes").read_text().split())) == 1
+    batched.grade([item("exit"), item()])
+    assert len(set((tmp_path / "processes").read_text().split())) > 1
 
 
 def test_coroutines_wait_together_and_each_has_its_deadline(pool: Callable[..., RewardPool]) -> None:
@@ -433,7 +447,7 @@ def test_a_closed_pool_leaves_no_process_and_answers_nobody(pool: Callable[..., 
 
 def test_grading_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "graders.py").write_text(GRADERS)
-    code = "import sys; from rewards.pool.pool import RewardPool; RewardPool({'name': sys.argv[1]}).grade([('', '', {})])"
+    code = "import sys; from rewards.pool import RewardPool; RewardPool({'name': sys.argv[1]}).grade([('', '', {})])"
     parent = subprocess.Popen([sys.executable, "-c", code, f"{tmp_path}/graders.py:alive"])
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     grading = int((tmp_path / "pid").read_text())
