@@ -50,7 +50,8 @@ class Server:
             raise SandboxUnavailable(f"the sandbox needs Linux and this is {sys.platform}: run the reward workers on a Linux machine")
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         root = tempfile.mkdtemp(prefix="rlhub-sandbox-")
-        arguments = [str(theirs.fileno()), mode, root, shutil.which("bwrap") or ""]
+        bwrap = shutil.which("bwrap") or ""
+        arguments = [str(theirs.fileno()), mode, root, bwrap and os.path.abspath(bwrap)]
         command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _MAIN, _FOLDER, *arguments]
         environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
         try:

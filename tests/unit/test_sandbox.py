@@ -363,7 +363,7 @@ def test_bubblewrap_makes_the_root_where_it_can():
         pytest.skip(f"the root is made by {MADE_BY}")
 
 
-@pytest.mark.parametrize("fault", ["exit 1", "echo 'bwrap: no way' >&2; exit 1", "kill -9 $$"])
+@pytest.mark.parametrize("fault", ["exit 1", "echo 'bwrap: no way' >&2; exit 1", "kill -9 $$", "sleep 60"])
 def test_a_bubblewrap_that_does_not_work_is_named_and_not_needed(fault, monkeypatch):
     with tempfile.TemporaryDirectory() as folder:  # which nobody can reach, unlike pytest's
         bwrap = Path(folder, "bwrap")
