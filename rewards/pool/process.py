@@ -79,7 +79,8 @@ class RewardProcess:
         self.pipes.append(self.sink)
         self.send(self.hello)
         try:
-            ready = await asyncio.wait_for(self._receive(), START_SECONDS)
+            async with asyncio.timeout(START_SECONDS):  # wait_for of Python 3.11 loses a cancellation that comes with the answer
+                ready = await self._receive()
         except TimeoutError:
             raise UserError(f"the reward {self.hello['part'].get('name')!r} did not load within {START_SECONDS:g} s") from None
         except (asyncio.IncompleteReadError, OSError):

@@ -27,12 +27,20 @@ _lock = threading.RLock()
 
 
 class Server:
-    """The fork server, a process of its own.
+    """The fork server, a process of its own, started with this object.
+
+    Args:
+        mode: strong or weak.
 
     Attributes:
         process: what was started; the server itself, or bubblewrap around it.
         pid: of the server itself.
         maker: what made its root, in words.
+
+    Raises:
+        ValueError: no such mode.
+        SandboxUnavailable: the machine lacks a layer of the mode.
+        SandboxError: it did not start.
     """
 
     def __init__(self, mode: str) -> None:
@@ -42,7 +50,8 @@ class Server:
             raise SandboxUnavailable(f"the sandbox needs Linux and this is {sys.platform}: run the reward workers on a Linux machine")
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         root = tempfile.mkdtemp(prefix="rlhub-sandbox-")
-        arguments = [str(theirs.fileno()), mode, root, shutil.which("bwrap") or ""]
+        bwrap = shutil.which("bwrap") or ""
+        arguments = [str(theirs.fileno()), mode, root, bwrap and os.path.abspath(bwrap)]
         command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _MAIN, _FOLDER, *arguments]
         environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
         try:

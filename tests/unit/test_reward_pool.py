@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import pytest
 
 from rewards.pool import RewardPool, RewardPoolConfig
 from rewards.pool.cache import GradeCache
+from rewards.pool.process import RewardProcess
 from rlhub.errors import UserError
 from rlhub.types import RewardResult
 from workers.reward import RewardWorker
@@ -443,6 +446,29 @@ def test_a_closed_pool_leaves_no_process_and_answers_nobody(pool: Callable[..., 
     assert not started & set(psutil.Process().children())
     with pytest.raises(RuntimeError, match="closed"):
         late.result(timeout=5)
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_a_pool_that_is_closed_while_a_process_answers_does_not_wait_for_ever(turns: int) -> None:
+    """A cancellation that comes in the turn of the event loop in which the answer does must not be lost."""
+
+    async def cancelled() -> bool:
+        process = RewardProcess({"name": "exact_match"}, RewardPoolConfig())
+        starting = asyncio.create_task(process.start())
+        await asyncio.sleep(0.01)
+        select.select([process.process.stdout], [], [], 60)  # holds the event loop until the answer is there
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        asked = starting.cancel()
+        try:
+            await starting
+        except asyncio.CancelledError:
+            return True
+        finally:
+            await process.end()
+        return not asked
+
+    assert asyncio.run(cancelled())
 
 
 def test_grading_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:

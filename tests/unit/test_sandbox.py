@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import resource
 import signal
 import socket
@@ -254,6 +255,14 @@ def test_a_program_has_no_privileges_and_its_own_names():
     assert facts == ["0 0", "1 2 2 1000 sandbox", "HOME LANG PATH PYTHONHASHSEED TMPDIR"]
 
 
+def test_a_program_runs_the_same_every_time():
+    """Sets of texts have the order, and random numbers the values, that they have in every other sandbox."""
+    source = "print(hash('a'))"
+    expected = subprocess.run([*PYTHON, "-c", source], env={"PYTHONHASHSEED": "0"}, capture_output=True, text=True).stdout
+    assert inside(source) == expected
+    assert inside("import random\nprint(random.random())") == f"{random.Random(0).random()}\n"
+
+
 def test_nothing_stays_for_the_next_program():
     source = "import os\nprint(os.listdir('.'))\nopen('left', 'w').write('x')"
     assert [inside(source) for _ in range(2)] == ["[]\n"] * 2
@@ -354,7 +363,7 @@ def test_bubblewrap_makes_the_root_where_it_can():
         pytest.skip(f"the root is made by {MADE_BY}")
 
 
-@pytest.mark.parametrize("fault", ["exit 1", "echo 'bwrap: no way' >&2; exit 1", "kill -9 $$"])
+@pytest.mark.parametrize("fault", ["exit 1", "echo 'bwrap: no way' >&2; exit 1", "kill -9 $$", "sleep 60"])
 def test_a_bubblewrap_that_does_not_work_is_named_and_not_needed(fault, monkeypatch):
     with tempfile.TemporaryDirectory() as folder:  # which nobody can reach, unlike pytest's
         bwrap = Path(folder, "bwrap")

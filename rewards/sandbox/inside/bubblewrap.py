@@ -15,6 +15,8 @@ from typing import NoReturn
 from .kernel import Refused
 from .namespaces import DEVICES, INSIDE, NOBODY, enter_namespaces, has_nobody, interpreter_paths, library_folders, links, package_folders
 
+TRY_SECONDS = 5.0
+
 _RESUME = "import sys; sys.path.append('/tmp'); from inside.server import resume; sys.path.pop(); resume(*sys.argv[1:])"
 _TRY = "import sys; sys.path.append('/tmp'); from inside.bubblewrap import attempt; attempt(sys.argv[1])"
 
@@ -37,16 +39,19 @@ def become_server(bwrap: str, control: int, proc: int) -> NoReturn:
         user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
     for descriptor in (control, proc):
         os.set_inheritable(descriptor, True)
-    environment = {"LD_LIBRARY_PATH": os.pathsep.join(sorted(library_folders()))}  # there is no /etc/ld.so.cache in there
+    environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(sorted(library_folders()))}  # there is no /etc/ld.so.cache in there
     files = _files()
-    tried = subprocess.run(
-        [*_command(bwrap, files), "-c", _TRY, str(proc)], env=environment, pass_fds=[proc, *files], capture_output=True, text=True, **user
-    )
-    for descriptor in files:
-        os.close(descriptor)
+    settings = {"capture_output": True, "text": True, "timeout": TRY_SECONDS, "env": environment, **user}
+    try:
+        tried = subprocess.run([*_command(bwrap, files), "-c", _TRY, str(proc)], pass_fds=[proc, *files], **settings)
+        version = subprocess.run([bwrap, "--version"], **settings).stdout.strip()
+    except subprocess.TimeoutExpired:
+        raise Refused(f"it did not end within {TRY_SECONDS:g} s") from None
+    finally:
+        for descriptor in files:
+            os.close(descriptor)
     if tried.returncode:
         raise Refused((tried.stderr.strip().splitlines() or [f"it ended with code {tried.returncode}"])[-1])
-    version = subprocess.run([bwrap, "--version"], capture_output=True, text=True).stdout.strip()
     command = [*_command(bwrap, _files()), "-c", _RESUME, str(control), str(proc), version]
     if user:
         os.setgroups([])

@@ -107,6 +107,7 @@ LAST_KNOWN = 462  # a younger call does not exist inside, whatever the kernel of
 
 
 def limit_resources(request: dict[str, Any]) -> None:
+    """The limits of one process, of those that the grader asks for; never more than this process has."""
     limits = {
         resource.RLIMIT_CPU: request["cpu_seconds"],
         resource.RLIMIT_AS: request["memory_megabytes"] * 2**20,

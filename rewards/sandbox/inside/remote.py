@@ -63,6 +63,7 @@ class Program:
             raise RuntimeError("the program raised StopIteration") from None  # which would end a `map` of the tests early
 
     def _receive(self) -> tuple[dict[str, Any], Any]:
+        """The next answer and its value; what the program raised is raised here, ProgramGone where it is no answer."""
         line = self.replies.readline(MESSAGE_BYTES + 1)
         if not line.endswith(b"\n"):
             self._lost("an answer is too long" if len(line) > MESSAGE_BYTES else "the program ended before it answered")
