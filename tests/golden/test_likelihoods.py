@@ -152,7 +152,7 @@ def time_integral(model, completion, low: float) -> float:
 
 COMPLETION = [2, 0, 1, 1]
 
-# --------------------------------------------------------------------------------------------------------- A, B: what the ELBO is
+# --------------------------------------------------------------------------------------------------------------- what the ELBO is
 
 
 def test_four_forms_of_the_elbo_agree():
@@ -205,7 +205,7 @@ def test_upper_bound_needs_consistency_or_a_large_beta():
     assert values == [pytest.approx(0.25, rel=1e-6), pytest.approx(0.5, rel=1e-6)]
 
 
-# --------------------------------------------------------------------------------------------- A, C, N: estimators without bias
+# ------------------------------------------------------------------------------------------------------ estimators without bias
 
 
 def block_elbo(model, completion, size: int) -> float:
@@ -287,7 +287,7 @@ def test_variance_of_the_uniform_model():
     assert pairs.var().item() == pytest.approx((length - 1) / 2 * log_vocab**2, rel=0.1)
 
 
-# -------------------------------------------------------------------------------------------------- M, O: the masks themselves
+# -------------------------------------------------------------------------------------------------------- the masks themselves
 
 
 @pytest.mark.parametrize("levels", ["independent", "stratified"])
@@ -464,7 +464,7 @@ def test_sign_of_the_advantage_picks_the_bound():
         by_sign.estimate(log_prob, views, credit_of(np.ones((3, 2))), config)
 
 
-# ------------------------------------------------------------------------------------------- D, E, F, G, H: gradients and values
+# ---------------------------------------------------------------------------------------------------------- gradients and values
 
 
 @pytest.mark.parametrize(
@@ -549,7 +549,7 @@ def test_leave_one_out_is_a_stretched_group_mean():
         assert (module.assign(np.full((1, 6), 2.0), batch, module.Config()).advantages == 0).all()
 
 
-# ------------------------------------------------------------------------------------------------------- I, Q, T, U: ratios
+# ------------------------------------------------------------------------------------------------------------------- ratios
 
 
 def test_shared_masks_cancel_in_the_difference():
