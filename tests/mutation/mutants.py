@@ -75,7 +75,15 @@ class Mutant:
 # ---------------------------------------------------------------------------------------------------------------------- changes
 
 
-class _WithoutAnnotations(ast.NodeTransformer):
+class _WithoutAssertions(ast.NodeTransformer):
+    """Leaves out types, and `strict` of zip and `frozen` of dataclasses, which assert what holds wherever the code is right."""
+
+    def visit_keyword(self, node: ast.keyword) -> ast.keyword:
+        if node.arg in ("strict", "frozen"):
+            node.value = ast.Constant(True)
+        self.generic_visit(node)
+        return node
+
     def visit_arg(self, node: ast.arg) -> ast.arg:
         node.annotation = None
         return node
@@ -96,8 +104,8 @@ class _WithoutAnnotations(ast.NodeTransformer):
 
 
 def meaning(code: str) -> str:
-    """A text that is equal for programs that differ in types alone."""
-    return ast.dump(_WithoutAnnotations().visit(ast.parse(code)))
+    """A text that is equal for programs that differ in types and assertions alone."""
+    return ast.dump(_WithoutAssertions().visit(ast.parse(code)))
 
 
 def functions(code: str) -> list[tuple[int, int, str]]:

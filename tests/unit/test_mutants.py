@@ -18,7 +18,7 @@ class Row:
         def inner(x):
             return x + 1
 
-        return inner(self.width) * 2
+        return sum(inner(one) * other for one, other in zip([self.width], [2], strict=True))
 """
 
 
@@ -30,10 +30,11 @@ class Row:
         ("LIMIT = 3", "LIMIT = 4", True),
         ("x + 1", "x - 1", True),
         ("@property", "", True),
+        ("strict=True", "strict=False", False),
         ("return x + 1", "return x +", False),
     ],
 )
-def test_types_and_broken_syntax_are_no_mutants(old: str, new: str, counts: bool) -> None:
+def test_types_assertions_and_broken_syntax_are_no_mutants(old: str, new: str, counts: bool) -> None:
     assert is_another_program(SOURCE.replace(old, new), SOURCE) == counts
 
 
