@@ -61,7 +61,7 @@ def test_mutants_meet_the_tests_that_run_their_function_cheapest_file_first() ->
         "quick.py::b": {"seconds": 2.0, "runs": [own]},
         "quick.py::c": {"seconds": 1.0, "runs": [own]},
         "other.py::d": {"seconds": 0.1, "runs": [module]},
-        "late.py::e": {"seconds": 60.0, "runs": [own]},
+        "late.py::e": {"seconds": 80.0, "runs": [own]},
     }
     assert guards(mutant, tests) == (["quick.py::c", "quick.py::b", "slow.py::a"], 53.0), "within the budget"
     assert guards(mutant, {"other.py::d": tests["other.py::d"]})[0] == ["other.py::d"], "else those of its file"
