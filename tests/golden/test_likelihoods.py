@@ -385,6 +385,8 @@ def test_trajectory_views_replay_the_rollout():
     by_step = trajectory.estimate(score(model, views), views, credit_of(np.ones((1, 5))), trajectory.Config(granularity="step"))
     assert by_step.value[0].tolist() == [pytest.approx(value) for value in (expected[2], expected[0], expected[3], 0.0, 0.0)]
     assert by_step.mask[0].tolist() == [True, True, True, False, False]
+    narrow = trajectory.estimate(score(model, views), views, credit_of([1.0]), trajectory.Config(granularity="step"))
+    assert torch.equal(narrow.value, by_step.value[:, :3]), "as wide as the steps that were replayed"
 
 
 def test_merged_slices_run_from_one_forward_to_one_step_each():
