@@ -123,12 +123,12 @@ def test_each_pair_objective_ranks_by_its_own_reward() -> None:
 
 
 def test_kto_counts_its_labels_and_how_many_are_on_their_side() -> None:
-    gain = tensor([3.0, -1.0, -2.0, 2.0, 9.0, 5.0])
+    gain = tensor([3.0, 2.0, -2.0, 1.0, 9.0, 5.0])
     labels, valid = tensor([1.0, 1.0, -1.0, -1.0, 0.0, 1.0]), [True] * 5 + [False]
     scores = Scores(likelihood(gain - 7), reference=likelihood(torch.full_like(gain, -7.0)))
     _, metrics = kto.loss(scores, credit_of([0.0] * 6, valid, labels=labels), kto.Config())
-    expected = {"kto/reference_point": 0.5, "kto/desirable": 2.0, "kto/labelled": 4.0, "kto/accuracy": 0.5}
-    assert metrics == pytest.approx(expected), "(3 - 1 - 2 + 2) / 4; 3 is above and -2 below it"
+    expected = {"kto/reference_point": 1.0, "kto/desirable": 2.0, "kto/labelled": 4.0, "kto/accuracy": 0.75}
+    assert metrics == pytest.approx(expected), "(3 + 2 - 2 + 1) / 4; 3 and 2 are above and -2 below it, 1 is on neither side"
     _, metrics = kto.loss(scores, credit_of([0.0] * 6, valid, labels=torch.zeros(6)), kto.Config())
     assert metrics == {"kto/reference_point": 0.0, "kto/desirable": 0.0, "kto/labelled": 0.0}
 
