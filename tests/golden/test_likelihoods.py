@@ -159,7 +159,7 @@ def time_integral(model, completion, low: float) -> float:
 
 COMPLETION = [2, 0, 1, 1]
 
-# --------------------------------------------------------------------------------------------------------- A, B: what the ELBO is
+# --------------------------------------------------------------------------------------------------------------- what the ELBO is
 
 
 def test_four_forms_of_the_elbo_agree():
@@ -212,7 +212,7 @@ def test_upper_bound_needs_consistency_or_a_large_beta():
     assert values == [pytest.approx(0.25, rel=1e-6), pytest.approx(0.5, rel=1e-6)]
 
 
-# --------------------------------------------------------------------------------------------- A, C, N: estimators without bias
+# ------------------------------------------------------------------------------------------------------ estimators without bias
 
 
 def block_elbo(model, completion, size: int) -> float:
@@ -294,7 +294,7 @@ def test_variance_of_the_uniform_model():
     assert pairs.var().item() == pytest.approx((length - 1) / 2 * log_vocab**2, rel=0.1)
 
 
-# -------------------------------------------------------------------------------------------------- M, O: the masks themselves
+# -------------------------------------------------------------------------------------------------------- the masks themselves
 
 
 @pytest.mark.parametrize("levels", ["independent", "stratified"])
@@ -392,6 +392,8 @@ def test_trajectory_views_replay_the_rollout():
     by_step = trajectory.estimate(score(model, views), views, credit_of(np.ones((1, 5))), trajectory.Config(granularity="step"))
     assert by_step.value[0].tolist() == [pytest.approx(value) for value in (expected[2], expected[0], expected[3], 0.0, 0.0)]
     assert by_step.mask[0].tolist() == [True, True, True, False, False]
+    narrow = trajectory.estimate(score(model, views), views, credit_of([1.0]), trajectory.Config(granularity="step"))
+    assert torch.equal(narrow.value, by_step.value[:, :3]), "as wide as the steps that were replayed"
 
 
 def test_merged_slices_run_from_one_forward_to_one_step_each():
@@ -473,7 +475,7 @@ def test_sign_of_the_advantage_picks_the_bound():
         by_sign.estimate(log_prob, views, credit_of(np.ones((3, 2))), config)
 
 
-# ------------------------------------------------------------------------------------------- D, E, F, G, H: gradients and values
+# ---------------------------------------------------------------------------------------------------------- gradients and values
 
 
 @pytest.mark.parametrize(
@@ -558,7 +560,7 @@ def test_leave_one_out_is_a_stretched_group_mean():
         assert (module.assign(np.full((1, 6), 2.0), batch, module.Config()).advantages == 0).all()
 
 
-# ------------------------------------------------------------------------------------------------------- I, Q, T, U: ratios
+# ------------------------------------------------------------------------------------------------------------------- ratios
 
 
 def test_shared_masks_cancel_in_the_difference():
