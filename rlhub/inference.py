@@ -19,7 +19,7 @@ from rlhub.checkpoints.sealed import resolve_model_path
 from rlhub.checkpoints.tokenizers import decode, encode_prompts, load_tokenizer
 from rlhub.checkpoints.weights import load_network
 from rlhub.config.checks import check_sampler
-from rlhub.config.schema import SamplerConfig
+from rlhub.config.schema import Cache, SamplerConfig
 from rlhub.errors import UserError
 from rlhub.likelihoods import sequence_draws
 from rlhub.networks.layout import pack_layout, to_device
@@ -116,7 +116,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     guidance: float = 0.0,
-    cache: str = "exact",
+    cache: Cache = "exact",
     seed: int = 0,
     progress: bool = False,
     **options: Any,

@@ -32,6 +32,8 @@ OnInvalid = (
     Literal["drop_sample", "drop_group"]
     | Annotated[str, Field(pattern=r"^value:[-+]?[0-9]*\.?[0-9]+$", title="value:x", examples=["value:0.0"])]
 )
+Cache = Literal["exact", "prefix", "dual"]
+TraceField = Literal["entropy", "order", "predictions", "edits", "fallback"]
 Beta = Annotated[float, Strict(), Ge(0), Lt(1)]
 _ascending = Predicate(lambda pair: pair[0] < pair[1])
 
@@ -188,11 +190,11 @@ class SamplerConfig:
         list[Share], Field(min_length=2, max_length=2, title="a list of two shares that ascend within [0, 1]"), _ascending
     ] = field(default_factory=lambda: [0.0, 1.0])
     """Guide while this share of the canvas is masked."""
-    cache: Literal["exact", "prefix", "dual"] = "exact"
+    cache: Cache = "exact"
     """`prefix` and `dual` reuse stale keys and values of a bidirectional model: approximate."""
     cache_refresh: NonNegativeInt = 0
     """Steps between refreshes of an approximate cache within a block; 0: at the start of each block."""
-    records: list[Literal["entropy", "order", "predictions", "edits", "fallback"]] = field(default_factory=list)
+    records: list[TraceField] = field(default_factory=list)
     """Trace fields of a rollout beyond the usual."""
     options: dict[str, Any] = field(default_factory=dict)
     """Fields of the module's Config."""

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rewards.answers.text import plain as plain_prompt
-from rlhub.config.schema import SamplerConfig
+from rlhub.config.schema import SamplerConfig, TraceField
 from rlhub.errors import DataError, UserError
 from rlhub.parts import assign, flatten, load_part, part_config
 from rlhub.records.rollout_log import read_rollouts, rollout_files, rollout_row, token_namer, token_strings
@@ -36,7 +36,7 @@ from rlhub.samplers import log_probs
 from rlhub.types import NEVER, Rollout
 
 MASK = "\u2591"
-RECORDED = ("entropy", "order")  # beside what the run's own sampler records
+RECORDED: tuple[TraceField, ...] = ("entropy", "order")  # beside what the run's own sampler records
 LOG_PROBS = {
     "exact": "they multiply to the probability of this rollout",
     "given_order": "exact for the tokens given their positions",

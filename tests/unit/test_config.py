@@ -139,6 +139,12 @@ def test_order_of_overrides_does_not_matter_for_a_new_part(write):
         assert load_recipe(path, overrides).algorithm.views == {"name": "elbo", "draws": 4}
 
 
+def test_an_empty_mapping_takes_nothing_away(write):
+    path = write("task: {train: {digits: 4}}\nrun: {}\nalgorithm: {views: {}}\n")
+    recipe = load_recipe(path, ["task.train={}", "run={}"])
+    assert (recipe.task.train, recipe.run, recipe.algorithm.views) == ({"digits": 4}, Recipe().run, {"name": "coupled"})
+
+
 def test_another_task_drops_the_options_of_the_earlier_one(write):
     recipe = load_recipe(write("task: {name: sort, train: {digits: 4}, eval: {digits: 5}}"), ["task.name=countdown"])
     assert (recipe.task.train, recipe.task.eval) == ({}, {})

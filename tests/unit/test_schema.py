@@ -167,3 +167,13 @@ def test_the_schema_names_the_trackers_and_trace_fields_that_there_are():
     assert set(choices_of(FIELDS["run.trackers"]["items"])) == set(TRACKERS)
     assert set(choices_of(FIELDS["sampler.records"]["items"])) == set(TRACE)
     assert {phase for order in PHASE_ORDERS for phase in order} == set(choices_of(FIELDS["run.phases"]["items"]))
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_whatever_stands_at_a_key_is_taken_or_refused_by_name(key):
+    for value in (None, True, 3, -1.5, math.nan, "", "x", [], [1], ["x", None], {"a": 1}, {"name": 3}, [[{}]]):
+        try:
+            typed_recipe(with_value(key, value))
+        except RecipeError as error:
+            assert str(error).startswith(f"{key}: ")
+            assert "\n" not in str(error)

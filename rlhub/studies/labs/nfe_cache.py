@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from rlhub.config.schema import SamplerConfig
+from rlhub.config.schema import SamplerConfig, TraceField
 from rlhub.records.progress import RunProgress
 from rlhub.reports.plots import COLORS, STYLE
 from rlhub.studies.lab_training import Tick, sample, tiny_llada
@@ -65,7 +65,7 @@ def measure(config: Config, tick: Tick, seed: int) -> dict[str, Any]:
     return result
 
 
-def settings(config: Config, sampler: str, steps: int, records: list[str] | None = None) -> SamplerConfig:
+def settings(config: Config, sampler: str, steps: int, records: list[TraceField] | None = None) -> SamplerConfig:
     return SamplerConfig(
         name=sampler, length=config.length, steps=steps, block_length=config.length, early_stop="off", records=records or []
     )
