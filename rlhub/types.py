@@ -109,9 +109,7 @@ class Rollout:
     policy_version: np.ndarray  # int32 [L]
     num_forwards: int
     sampler: dict[str, Any] = field(default_factory=dict)
-    model_hash: str = ""
     reward: RewardResult | None = None
-    reward_parts: dict[str, RewardResult] = field(default_factory=dict)
     step_rewards: tuple[RewardResult, ...] = ()  # [S], grades of the states between; empty where they are not graded
     entropy: np.ndarray | None = None  # float32 [L]
     order: np.ndarray | None = None  # int16 [L]
@@ -119,9 +117,9 @@ class Rollout:
     edits: tuple[tuple[int, int, int, int], ...] | None = None
     fallback: np.ndarray | None = None  # bool [L]
 
-    def graded(self, reward: RewardResult, parts: dict[str, RewardResult] | None = None) -> Rollout:
+    def graded(self, reward: RewardResult) -> Rollout:
         """A copy with its grade."""
-        return dataclasses.replace(self, reward=reward, reward_parts=parts or {})
+        return dataclasses.replace(self, reward=reward)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,47 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from rlhub.types import Batch, RewardResult, Rollout, Views
+
+
+def sequence_batch(
+    prompts: Sequence[np.ndarray],
+    completions: Sequence[np.ndarray],
+    uid: Sequence[int],
+    *,
+    rewards: np.ndarray | None = None,
+    length: np.ndarray | None = None,
+    span: np.ndarray | None = None,
+    **fields: Any,
+) -> Batch:
+    """Sequences that are no rollouts, in the order given: groups of equal size, whole completions where nothing else is said.
+
+    Args:
+        prompts, completions: int [Lp] and int [L] each.
+        rewards: float64 [P, G], groups of G neighbours; None: every sequence is a group of its own with reward 1.
+        length: int64 [B], tokens through the first EOS; None: all of the completion.
+        span: int64 [B], scored tokens; None: `length`.
+        fields: others of `Batch`.
+    """
+    rewards = np.ones((len(completions), 1)) if rewards is None else rewards
+    num_groups, group_size = rewards.shape
+    length = np.array([len(completion) for completion in completions]) if length is None else length
+    return Batch(
+        uid=np.array(uid, dtype=np.uint64),
+        group=np.repeat(np.arange(num_groups), group_size),
+        prompts=[np.asarray(prompt, dtype=np.int32) for prompt in prompts],
+        completions=[np.asarray(completion, dtype=np.int32) for completion in completions],
+        length=length,
+        span=length if span is None else span,
+        rewards=rewards,
+        member=np.tile(np.arange(group_size), num_groups),
+        **fields,
+    )
 
 
 def make_batch(rollouts: Sequence[Rollout], *, span: str, block_length: int = 0, on_invalid: str = "drop_sample") -> Batch:

@@ -123,8 +123,8 @@ def rollout_metrics(rollouts: list[Rollout], eos_id: int) -> dict[str, float]:
         values = [grade.value for grade in grades if grade.valid]
         metrics["step_reward/mean"] = float(np.mean(values)) if values else float("nan")
         metrics["step_reward/invalid_share"] = 1 - len(values) / len(grades)
-    for label in dict.fromkeys(label for rollout in rollouts for label in rollout.reward_parts):
-        parts = [rollout.reward_parts[label] for rollout in rollouts if label in rollout.reward_parts]
+    for label in dict.fromkeys(label for rollout in rollouts for label in rollout.reward.parts):
+        parts = [rollout.reward.parts[label] for rollout in rollouts if label in rollout.reward.parts]
         valid = [part.value for part in parts if part.valid]
         metrics[f"reward/part/{label}"] = float(np.mean(valid)) if valid else float("nan")
     if hits := sum(rollout.reward.cached for rollout in rollouts):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhub.algorithm.batching import sequence_batch
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError
@@ -61,15 +62,13 @@ class Pairs:
             for row in self.row[which].tolist()
             for member in range(size)
         ]
-        return Batch(
-            uid=np.array(uids, dtype=np.uint64),
-            group=np.repeat(np.arange(len(which)), size),
-            prompts=[self.prompts[index] for index in which for _ in range(size)],
-            completions=[self._padded(response) for response in responses],
+        return sequence_batch(
+            [self.prompts[index] for index in which for _ in range(size)],
+            [self._padded(response) for response in responses],
+            uids,
+            rewards=self.rewards[which],
             length=length,
             span=np.maximum(length, self.canvas),
-            rewards=self.rewards[which],
-            member=np.tile(np.arange(size), len(which)),
             epoch=epoch,
         )
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhub.algorithm.scoring import guided_logits
 from rlhub.config.schema import SamplerConfig
 from rlhub.engines import device_noise
 from rlhub.engines.forward import Forward, Slots
@@ -241,7 +242,7 @@ class Rows:
         def logits_of(part: slice) -> Tensor:
             seeing = model.head(hidden[part]).float()
             hiding = model.head(blind[part]).float()
-            return torch.where(guided[part, None], hiding.add_(seeing - hiding, alpha=settings.guidance + 1), seeing)
+            return guided_logits(seeing, hiding, settings.guidance, guided[part])
 
         return logits_of
 

@@ -242,8 +242,3 @@ def busy_union(intervals: Sequence[Interval], window: Interval = (-math.inf, mat
 def idle_share(intervals: Sequence[Interval], window: Interval) -> float:
     """Share of the window, 0 to 1, in which none of the intervals runs."""
     return 1.0 - busy_union(intervals, window) / (window[1] - window[0])
-
-
-def overhead_seconds(intervals: Sequence[Interval], window: Interval) -> float:
-    """Controller overhead: seconds of the window in which no actor at all was busy."""
-    return window[1] - window[0] - busy_union(intervals, window)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhub.algorithm.batching import sequence_batch
 from rlhub.errors import DataError
 from rlhub.noise import EVAL, SFT, Noise, sample_uid
 from rlhub.tasks import Task
@@ -103,18 +104,8 @@ def encode_documents(task: Task, tokenizer: Any) -> list[np.ndarray]:
 
 def document_batch(rows: Sequence[np.ndarray], phase: int, step: int, segments: list[np.ndarray] | None = None) -> Batch:
     """Rows of tokens without prompts as a batch."""
-    length = np.array([len(row) for row in rows])
-    return Batch(
-        uid=np.array([sample_uid(phase, step, number, 0) for number in range(len(rows))], dtype=np.uint64),
-        group=np.arange(len(rows)),
-        prompts=[np.zeros(0, dtype=np.int32)] * len(rows),
-        completions=list(rows),
-        length=length,
-        span=length,
-        rewards=np.ones((len(rows), 1)),
-        member=np.zeros(len(rows), dtype=np.int64),
-        segments=segments,
-    )
+    uids = [sample_uid(phase, step, number, 0) for number in range(len(rows))]
+    return sequence_batch([np.zeros(0)] * len(rows), rows, uids, segments=segments)
 
 
 def evaluate_documents(crew: Any, recipe: Any, task: Task, tokenizer: Any) -> dict[str, float]:

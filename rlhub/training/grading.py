@@ -26,7 +26,7 @@ def grade(crew: Any, issued: Issued, rollouts: Sequence[Rollout], tokenizer: Any
         for example, text, rollout in zip(issued.examples, texts, rollouts, strict=True)
     ]
     results = grade_items(crew, items, batch_size)
-    graded = [rollout.graded(result, result.parts) for rollout, result in zip(rollouts, results, strict=True)]
+    graded = [rollout.graded(result) for rollout, result in zip(rollouts, results, strict=True)]
     return graded, texts
 
 
@@ -115,6 +115,6 @@ def shuffle_grades(rollouts: Sequence[Rollout], noise: Noise, step: int) -> list
     """The control that must not learn: grades permuted over the batch."""
     order = noise.generator("shuffle_rewards", uid=step).permutation(len(rollouts))
     return [
-        dataclasses.replace(rollout, **{name: getattr(rollouts[source], name) for name in ("reward", "reward_parts", "step_rewards")})
+        dataclasses.replace(rollout, **{name: getattr(rollouts[source], name) for name in ("reward", "step_rewards")})
         for rollout, source in zip(rollouts, order, strict=True)
     ]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhub.algorithm.batching import sequence_batch
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config.schema import AlgorithmConfig, ModelConfig, Recipe, SFTConfig
 from rlhub.errors import DataError
@@ -127,16 +128,12 @@ def demonstration_batch(task: Task, tokenizer: Any, recipe: Recipe, step: int) -
             raise DataError(f"demonstration of row {example.row} has {len(answer)} tokens, sampler.length is {canvas}; raise it")
         completions.append(np.array(answer + [tokenizer.eos_token_id] * (canvas - len(answer)), dtype=np.int32))
     length = np.array([min(len(answer) + 1, canvas) for answer in answers])
-    span = np.full(size, canvas) if recipe.algorithm.length == "canvas" else length
-    return Batch(
-        uid=np.array([sample_uid(SFT, step, row, 0) for row in range(size)], dtype=np.uint64),
-        group=np.arange(size),
-        prompts=prompts,
-        completions=completions,
+    return sequence_batch(
+        prompts,
+        completions,
+        [sample_uid(SFT, step, row, 0) for row in range(size)],
         length=length,
-        span=span,
-        rewards=np.ones((size, 1)),
-        member=np.zeros(size, dtype=np.int64),
+        span=np.full(size, canvas) if recipe.algorithm.length == "canvas" else length,
         unmask_step=[np.full(canvas, NEVER, dtype=np.int16)] * size,
         block_length=recipe.sampler.block_length,
     )

@@ -21,15 +21,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch
-
-Levels = Literal["independent", "stratified"]
 
 EXACT_ON_BLOCKS = ("elbo", "coupled", "supervised", "all_masks", "trajectory", "prefix", "chain")
 
@@ -67,11 +64,6 @@ def count_of(level: float, size: int, low: int = 1) -> int:
     """
     choices = size - low + 1
     return low + min(int(level * choices), choices - 1)
-
-
-def mask_count(noise: Stream, batch: Batch, sample: int, draw: int, num_draws: int, update: int, levels: str, low: int) -> int:
-    """A mask count l with uniform law on {low, ..., L}; see `mask_level`."""
-    return count_of(mask_level(noise, batch, sample, draw, num_draws, update, levels), int(batch.span[sample]), low)
 
 
 def model_blocks(batch: Batch, sample: int, profile: Profile) -> list[slice]:

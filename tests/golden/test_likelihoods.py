@@ -25,7 +25,7 @@ from rlhub.noise import Noise
 from rlhub.objectives import clipped_surrogate, sequence_clip
 from rlhub.oracle import elbo_exact
 from rlhub.types import NEVER, Batch, Credit, LogLikelihood, Scores
-from rlhub.views import block_random, complement_plus_full, coupled, full_mask, mask_count, prefix, quadrature, time_form
+from rlhub.views import block_random, complement_plus_full, count_of, coupled, full_mask, mask_level, prefix, quadrature, time_form
 from rlhub.views import elbo as l_form
 from rlhub.views import trajectory as replay
 from rlhub.views._rows import Row, build_views
@@ -303,7 +303,9 @@ def test_mask_counts_are_uniform(levels, length, low, num_draws):
     """Chi-square of each single draw; rounding half to even would miss half of the counts of draw 1 at odd L + 1."""
     size = 3000
     batch, stream = make_batch([[0] * length] * size), NOISE.stream("views")
-    counts = np.array([[mask_count(stream, batch, s, d, num_draws, 0, levels, low) for s in range(size)] for d in range(num_draws)])
+    counts = np.array(
+        [[count_of(mask_level(stream, batch, s, d, num_draws, 0, levels), length, low) for s in range(size)] for d in range(num_draws)]
+    )
     choices = length - low + 1
     assert counts.min() >= low and counts.max() <= length
     for row in counts:
@@ -316,7 +318,7 @@ def test_mask_counts_are_uniform(levels, length, low, num_draws):
 def test_stratified_draws_of_a_sample_fill_the_strata():
     batch, stream = make_batch([[0] * 8] * 20), NOISE.stream("views")
     for sample in range(20):
-        assert sorted(mask_count(stream, batch, sample, draw, 8, 0, "stratified", low=1) for draw in range(8)) == list(range(1, 9))
+        assert sorted(count_of(mask_level(stream, batch, sample, draw, 8, 0, "stratified"), 8) for draw in range(8)) == list(range(1, 9))
 
 
 def test_coupled_halves_partition_the_positions():

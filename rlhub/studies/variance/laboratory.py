@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhub.algorithm.batching import micro_batches
+from rlhub.algorithm.batching import micro_batches, sequence_batch
 from rlhub.algorithm.scoring import micro_batch_log_probs, token_log_probs
 from rlhub.errors import UserError
 from rlhub.likelihoods import sequence_draws
@@ -421,14 +421,7 @@ def small_problem(seed: int, num_pairs: int = 8, vocabulary: int = 4, longest: i
     random = Noise(seed).generator("variance/problem")
     length = random.integers(2, longest + 1, 2 * num_pairs)
     length[:2] = longest
-    batch = Batch(
-        uid=np.arange(2 * num_pairs, dtype=np.uint64),
-        group=np.repeat(np.arange(num_pairs), 2),
-        prompts=[random.integers(0, vocabulary, 2).astype(np.int32) for _ in range(num_pairs) for _ in range(2)],
-        completions=[random.integers(0, vocabulary, size).astype(np.int32) for size in length],
-        length=length,
-        span=length,
-        rewards=np.tile([1.0, 0.0], (num_pairs, 1)),
-        member=np.tile([0, 1], num_pairs),
-    )
+    prompts = [random.integers(0, vocabulary, 2) for _ in range(2 * num_pairs)]
+    responses = [random.integers(0, vocabulary, size) for size in length]
+    batch = sequence_batch(prompts, responses, range(2 * num_pairs), rewards=np.tile([1.0, 0.0], (num_pairs, 1)))
     return policy, reference, batch
