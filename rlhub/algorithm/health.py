@@ -29,9 +29,9 @@ def health_metrics(algorithm: Any, scores: Scores, credit: Credit, batch: Batch)
     metrics: dict[str, float] = {"group/no_signal_share": _no_signal_share(credit, batch)}
     if policy.granularity != "sequence" or not valid.any():
         return metrics
-    metrics["elbo/per_token"] = (policy.value / policy.length)[valid].mean().item()
+    metrics["elbo/per_token"] = (policy.value / policy.scored_length)[valid].mean().item()
     if scores.proximal is not None:
-        weight = ((policy.value - scores.proximal.value) / policy.length).detach()[valid].exp()
+        weight = ((policy.value - scores.proximal.value) / policy.scored_length).detach()[valid].exp()
         metrics["ess"] = (weight.sum() ** 2 / (len(weight) * (weight**2).sum())).item()
     other = scores.reference or scores.proximal
     if other is not None and policy.draws is not None and policy.draws.shape[1] > 1:

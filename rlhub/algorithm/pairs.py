@@ -67,8 +67,8 @@ class Pairs:
             [self._padded(response) for response in responses],
             uids,
             rewards=self.rewards[which],
-            length=length,
-            span=np.maximum(length, self.canvas),
+            response_length=length,
+            scored_length=np.maximum(length, self.canvas),
             epoch=epoch,
         )
 
@@ -123,7 +123,7 @@ class PairOrder:
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """The pairs of each step of an epoch (counted from 0), in ascending order within a step."""
-        order = np.argsort(self.noise.uniform("data/pairs/order", self.num_pairs, uid=epoch), kind="stable")
+        order = np.argsort(self.noise.uniform("data/pairs/order", self.num_pairs, epoch=epoch), kind="stable")
         edges = [self.num_pairs * place // self.steps_per_epoch for place in range(self.steps_per_epoch + 1)]
         return [np.sort(order[first:last]) for first, last in itertools.pairwise(edges)]
 

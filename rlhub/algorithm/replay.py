@@ -19,7 +19,7 @@ from rlhub.algorithm.scoring import guided_logits, without_prompt
 from rlhub.networks.layout import slice_layout, to_device
 from rlhub.noise import Noise
 from rlhub.types import NEVER, Rollout, Views
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 STATES = 8  # of a rollout that are replayed, so that the cost does not grow with the number of denoising steps
 TOLERANCE = 1e-3  # nats; fp32 on the same device stays below 1e-5
@@ -72,7 +72,7 @@ def replay_views(states: Sequence[State], network: torch.nn.Module) -> Views:
     written = [write_steps(rollout) == step for rollout, step in states]
     batch = sequence_batch([rollout.prompt_ids for rollout, _ in states], canvases, [rollout.uid for rollout, _ in states])
     rows = [
-        Row(sample, 0, masked=canvas == network.mask_id, scored=scored, step=step)
+        NoisyRow(sample, 0, masked=canvas == network.mask_id, scored=scored, step=step)
         for sample, (canvas, scored, (_, step)) in enumerate(zip(canvases, written, states, strict=True))
     ]
     views = build_views(batch, rows, 1, network.profile)

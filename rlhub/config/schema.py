@@ -123,7 +123,7 @@ class AlgorithmConfig:
     likelihood: Part = field(default_factory=lambda: {"name": "elbo"})
     objective: Part = field(default_factory=lambda: {"name": "sequence_clip"})
     kl: KLConfig = field(default_factory=KLConfig)
-    length: str = "canvas"  # canvas: every canvas token counts; response: tokens through the first EOS
+    length: str = "canvas"  # which length is scored; canvas: every canvas token, response: tokens through the first EOS
     updates: int = 1  # inner updates per batch of rollouts
     fresh_views: str = "update"  # new noise every update | step | epoch | never
     reference: str = "none"  # none | frozen | sync_every:N

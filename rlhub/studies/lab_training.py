@@ -82,7 +82,7 @@ def masked_loss(
         views = part.make(batch, None, options, stream, 0, network.profile)
         (whole,) = micro_batches(views, int(views.layout.row_offsets[-1]))
         log_prob = micro_batch_log_probs(network, views, whole)
-        return -(log_prob * views.score_weight).sum() / (int(batch.span.sum()) * views.num_draws)
+        return -(log_prob * views.score_weight).sum() / (int(batch.scored_length.sum()) * views.num_draws)
 
     return loss
 

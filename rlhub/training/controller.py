@@ -105,7 +105,7 @@ def run_online(session: Session) -> None:
         batch = crew.runtime.put(
             make_batch(
                 trained,
-                span=algorithm.length,
+                scored_length=algorithm.length,
                 block_length=recipe.sampler.block_length,
                 on_invalid=algorithm.on_invalid,
             )

@@ -54,7 +54,7 @@ class PackedDocuments:
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int32 [T] of an epoch (counted from 0) and the documents int32 [T] that they belong to."""
         if self._last[0] != epoch:
-            order = self.noise.generator("data/documents/order", uid=epoch).permutation(len(self.documents))
+            order = self.noise.generator("data/documents/order", epoch=epoch).permutation(len(self.documents))
             pieces = [self.documents[index] for index in order]
             if self.packing == "eod":
                 pieces = [np.append(piece, self.eos_id) for piece in pieces]

@@ -113,7 +113,7 @@ def state_text(tokenizer: Any, canvas: np.ndarray, mask_text: str | None = None)
 
 def shuffle_grades(rollouts: Sequence[Rollout], noise: Noise, step: int) -> list[Rollout]:
     """The control that must not learn: grades permuted over the batch."""
-    order = noise.generator("shuffle_rewards", uid=step).permutation(len(rollouts))
+    order = noise.generator("shuffle_rewards", step=step).permutation(len(rollouts))
     return [
         dataclasses.replace(rollout, **{name: getattr(rollouts[source], name) for name in ("reward", "step_rewards")})
         for rollout, source in zip(rollouts, order, strict=True)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhub.networks.profile import Profile
-from rlhub.noise import Stream
+from rlhub.noise import Quantity, Stream
 from rlhub.types import Batch
 
 EXACT_ON_BLOCKS = ("elbo", "coupled", "supervised", "all_masks", "trajectory", "prefix", "chain")
@@ -49,12 +49,12 @@ def mask_level(noise: Stream, batch: Batch, sample: int, draw: int, num_draws: i
     `stratified` spreads the draws of one sample over equal strata by one shared offset (systematic sampling): each draw keeps the
     uniform law, which a per-sample estimate needs, and the mean over draws has lower variance.
     """
-    key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "step": block}
+    key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "block": block}
     if levels == "stratified":
-        return float((noise.uniform(1, **key, draw=0, position=1)[0] + draw / num_draws) % 1.0)
+        return float((noise.uniform(1, **key, draw=0, quantity=Quantity.LEVEL)[0] + draw / num_draws) % 1.0)
     if levels != "independent":
         raise ValueError(f"levels must be independent or stratified, got {levels!r}")
-    return float(noise.uniform(1, **key, draw=draw, position=1)[0])
+    return float(noise.uniform(1, **key, draw=draw, quantity=Quantity.LEVEL)[0])
 
 
 def count_of(level: float, size: int, low: int = 1) -> int:
@@ -67,10 +67,10 @@ def count_of(level: float, size: int, low: int = 1) -> int:
 
 
 def model_blocks(batch: Batch, sample: int, profile: Profile) -> list[slice]:
-    """The parts of a sample's scored span that lie in each block of the model; one part for full attention."""
-    span, size = int(batch.span[sample]), profile.block_length
-    inner = range(size - len(batch.prompts[sample]) % size, span, size) if size else ()
-    return [slice(*edges) for edges in itertools.pairwise([0, *inner, span])]
+    """The parts of a sample's scored scored_length that lie in each block of the model; one part for full attention."""
+    scored_length, size = int(batch.scored_length[sample]), profile.block_length
+    inner = range(size - len(batch.prompts[sample]) % size, scored_length, size) if size else ()
+    return [slice(*edges) for edges in itertools.pairwise([0, *inner, scored_length])]
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Masks:
     """One draw: of each block of the model a uniform subset, whose size has uniform law.
 
     Attributes:
-        masked: bool [span].
-        count: int64 [span], masked tokens of each position's block.
-        size: int64 [span], tokens of each position's block.
+        masked: bool [scored_length].
+        count: int64 [scored_length], masked tokens of each position's block.
+        size: int64 [scored_length], tokens of each position's block.
     """
 
     masked: np.ndarray
@@ -101,12 +101,16 @@ def draw_masks(
     masks_per_level: int = 1,
 ) -> Masks:
     """l ~ U{low..L_b} masks among the L_b tokens of each block b; `masks_per_level` neighbouring draws share the level."""
-    span = int(batch.span[sample])
-    masked, count, size = np.zeros(span, dtype=bool), np.zeros(span, dtype=np.int64), np.zeros(span, dtype=np.int64)
+    scored_length = int(batch.scored_length[sample])
+    masked, count, size = (
+        np.zeros(scored_length, dtype=bool),
+        np.zeros(scored_length, dtype=np.int64),
+        np.zeros(scored_length, dtype=np.int64),
+    )
     key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "draw": draw}
     for number, block in enumerate(model_blocks(batch, sample, profile)):
         tokens = block.stop - block.start
         level = mask_level(noise, batch, sample, draw // masks_per_level, num_draws // masks_per_level, update, levels, number)
         size[block], count[block] = tokens, count_of(level, tokens, low)
-        masked[block] = noise.subset(tokens, int(count[block.start]), **key, step=number)
+        masked[block] = noise.subset(tokens, int(count[block.start]), **key, block=number)
     return Masks(masked, count, size)
