@@ -33,6 +33,7 @@ def measure(shape: str, device: str, rows: int, length: int, steps: int, rank: i
     import numpy as np
     import torch
 
+    from rlhub.algorithm.batching import sequence_batch
     from rlhub.checkpoints.adapters import write_fresh_adapter
     from rlhub.checkpoints.weights import load_network, save_network
     from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig, SamplerConfig
@@ -40,7 +41,7 @@ def measure(shape: str, device: str, rows: int, length: int, steps: int, rank: i
     from rlhub.models.llada import Config, build
     from rlhub.networks.layout import pack_layout, to_device
     from rlhub.noise import Noise
-    from rlhub.types import Batch, Request
+    from rlhub.types import Request
     from workers.learner import Learner
 
     dtype = "bfloat16" if device == "cuda" else "float32"
@@ -92,17 +93,7 @@ def measure(shape: str, device: str, rows: int, length: int, steps: int, rank: i
         learner = Learner(str(adapter), LearnerConfig(backend="torch", micro_batch_tokens=tokens), 0, device=device, dtype=dtype)
         algorithm = AlgorithmConfig(views={"name": "elbo", "draws": 1}, behavior="detach", reference="none")
         learner.begin(algorithm, OptimizerConfig(), 2 * repeats + 2)
-        whole = np.full(rows, half)
-        batch = Batch(
-            uid=np.arange(rows, dtype=np.uint64),
-            group=np.zeros(rows, dtype=np.int64),
-            prompts=list(ids[:, :half]),
-            completions=list(ids[:, half:]),
-            length=whole,
-            span=whole,
-            rewards=np.linspace(0, 1, rows)[None],
-            member=np.arange(rows),
-        )
+        batch = sequence_batch(list(ids[:, :half]), list(ids[:, half:]), range(rows), rewards=np.linspace(0, 1, rows)[None])
         speed("lora_step", seconds(lambda: learner.step(batch)), 3 * flops)
     if device == "cuda":
         found["hardware"] = torch.cuda.get_device_name()

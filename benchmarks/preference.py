@@ -125,7 +125,7 @@ class PlainDPO:
     @classmethod
     def of(cls, views: Views, batch: Batch, config: AlgorithmConfig) -> PlainDPO:
         draws = tuple([PaddedDraw.of(views, batch, side, draw) for draw in range(views.num_draws)] for side in (0, 1))
-        length = torch.from_numpy(batch.span[batch.member == 0])
+        length = torch.from_numpy(batch.scored_length[batch.member == 0])
         return cls(draws, length, config.objective["beta"], config.auxiliary[0]["weight"])
 
     def loss(self, policy: LLaDA, reference: LLaDA) -> Tensor:

@@ -31,12 +31,12 @@ def measure(draws: int, micro_batch_tokens: int) -> float:
     import numpy as np
     import torch
 
+    from rlhub.algorithm.batching import sequence_batch
     from rlhub.algorithm.scoring import token_log_probs
     from rlhub.checkpoints.weights import load_network, save_network
     from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig
     from rlhub.models.llada import Config, LLaDA
     from rlhub.noise import Noise
-    from rlhub.types import Batch
     from workers.learner import Learner
 
     torch.set_num_threads(1)
@@ -56,17 +56,9 @@ def measure(draws: int, micro_batch_tokens: int) -> float:
         reference = load_network(Path(folder))
     learner.begin(algorithm, optimizer, 1)
     random = Noise(0).generator("benchmark")
-    length = np.full(2 * PAIRS, RESPONSE)
-    batch = Batch(
-        uid=np.arange(2 * PAIRS, dtype=np.uint64),
-        group=np.repeat(np.arange(PAIRS), 2),
-        prompts=[random.integers(0, 256, PROMPT).astype(np.int32) for _ in range(2 * PAIRS)],
-        completions=[random.integers(0, 256, RESPONSE).astype(np.int32) for _ in range(2 * PAIRS)],
-        length=length,
-        span=length,
-        rewards=np.tile([1.0, 0.0], (PAIRS, 1)),
-        member=np.tile([0, 1], PAIRS),
-    )
+    prompts = [random.integers(0, 256, PROMPT) for _ in range(2 * PAIRS)]
+    responses = [random.integers(0, 256, RESPONSE) for _ in range(2 * PAIRS)]
+    batch = sequence_batch(prompts, responses, range(2 * PAIRS), rewards=np.tile([1.0, 0.0], (PAIRS, 1)))
     before = _peak_megabytes()
     views = learner.make_views(batch)
     learner.step(batch, views, {0: token_log_probs(reference, views[0], min(micro_batch_tokens, 4096))})

@@ -31,7 +31,7 @@ class Config:
 
 def loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor, dict[str, float]]:
     """The scalar to minimise over the global batch, and metrics of your own."""
-    log_ratio = (scores.policy.value - scores.proximal.value.detach()) / scores.policy.length
+    log_ratio = (scores.policy.value - scores.proximal.value.detach()) / scores.policy.scored_length
     above = (log_ratio.detach().exp() > 1 + config.high).double().mean()
     value = -valid_mean(clipped_surrogate(log_ratio, credit.advantages, config.low, config.high), credit)
     return value, {"above_band": above.item()}

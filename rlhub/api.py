@@ -162,7 +162,7 @@ def make_batch(
         for row, (rollout, reward) in enumerate(zip(rollouts, rewards, strict=True))
     ]
     config = algorithm.config
-    return batching.make_batch(graded, span=config.length, on_invalid=config.on_invalid)
+    return batching.make_batch(graded, scored_length=config.length, on_invalid=config.on_invalid)
 
 
 def make_views(model: Model, algorithm: Algorithm, batch: Batch, credit: Credit, seed: int, update: int = 0) -> Views:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhub.algorithm.batching import sequence_batch
 from rlhub.algorithm.scoring import token_log_probs
 from rlhub.checkpoints.sealed import resolve_model_path
 from rlhub.checkpoints.tokenizers import decode, encode_prompts, load_tokenizer
@@ -26,7 +27,7 @@ from rlhub.networks.layout import pack_layout, to_device
 from rlhub.noise import Noise
 from rlhub.parts import load_part, part_names
 from rlhub.records.progress import RunProgress
-from rlhub.types import Batch, Credit, Request, Rollout
+from rlhub.types import Credit, Request, Rollout
 
 Prompt = str | list[dict[str, str]] | Sequence[int] | np.ndarray  # text, chat messages, or token ids
 
@@ -221,7 +222,7 @@ def log_likelihood(
         raise UserError(f"{len(prompt_ids)} + {len(ids)} prompt and completion tokens, the model's context is {model.network.max_length}")
     if not 0 <= guidance < math.inf:
         raise UserError(f"guidance must be 0 or more, got {guidance}")
-    batch = _one_sample(prompt_ids, ids)
+    batch = sequence_batch([prompt_ids], [ids], [0])
     sampled = kind == "draws"
     credit = Credit(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool))
     try:
@@ -260,18 +261,3 @@ def _checked_ids(model: Model, ids: Sequence[int] | np.ndarray, what: str) -> np
     if array.size and not 0 <= array.min() <= array.max() < model.network.vocab_size:
         raise UserError(f"the {what} has token ids {array.min()} to {array.max()}, the vocabulary has 0 to {model.network.vocab_size - 1}")
     return array.astype(np.int32)
-
-
-def _one_sample(prompt_ids: np.ndarray, ids: np.ndarray) -> Batch:
-    length = np.array([len(ids)])
-    first = np.zeros(1, dtype=np.int64)
-    return Batch(
-        uid=first.astype(np.uint64),
-        group=first,
-        prompts=[prompt_ids],
-        completions=[ids],
-        length=length,
-        span=length,
-        rewards=np.zeros((1, 1)),
-        member=first,
-    )

@@ -80,9 +80,9 @@ class RewardResult:
 class Rollout:
     """One generated completion with what is needed to train on it and to replay it.
 
-    `completion_ids` is the whole canvas, with the mask id where a position was never filled; `length` counts tokens through the
-    first EOS. `logp_sample` is the log-prob of each token under the law that drew it (tempered), `logp_model` under the model at
-    temperature 1 over the whole vocabulary, as training computes it, both at the step that committed it; NaN where never filled.
+    `completion_ids` is the whole canvas, with the mask id where a position was never filled; `length` is that of the response, the tokens
+    through the first EOS. `logp_sample` is the log-prob of each token under the law that drew it (tempered), `logp_model` under the model
+    at temperature 1 over the whole vocabulary, as training computes it, both at the step that committed it; NaN where never filled.
 
     The trace fields are there when the sampler or `sampler.records` asks for them. Where a sampler edits tokens, `unmask_step` keeps the
     step that first filled a position, and the log-probs, `entropy` and `order` are those of the token that stands.
@@ -109,9 +109,7 @@ class Rollout:
     policy_version: np.ndarray  # int32 [L]
     num_forwards: int
     sampler: dict[str, Any] = field(default_factory=dict)
-    model_hash: str = ""
     reward: RewardResult | None = None
-    reward_parts: dict[str, RewardResult] = field(default_factory=dict)
     step_rewards: tuple[RewardResult, ...] = ()  # [S], grades of the states between; empty where they are not graded
     entropy: np.ndarray | None = None  # float32 [L]
     order: np.ndarray | None = None  # int16 [L]
@@ -119,14 +117,14 @@ class Rollout:
     edits: tuple[tuple[int, int, int, int], ...] | None = None
     fallback: np.ndarray | None = None  # bool [L]
 
-    def graded(self, reward: RewardResult, parts: dict[str, RewardResult] | None = None) -> Rollout:
+    def graded(self, reward: RewardResult) -> Rollout:
         """A copy with its grade."""
-        return dataclasses.replace(self, reward=reward, reward_parts=parts or {})
+        return dataclasses.replace(self, reward=reward)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The sequences of one training step in uid order; `span` says how many completion tokens a likelihood counts.
+    """The sequences of one training step in uid order.
 
     A sample whose grade is invalid stays in the batch with `valid` False and reward NaN: it gives no gradient and is counted.
     """
@@ -135,8 +133,8 @@ class Batch:
     group: np.ndarray  # int64 [B], 0-based index of the prompt group
     prompts: list[np.ndarray]  # int32 [Lp] each
     completions: list[np.ndarray]  # int32 [L] each, whole canvas
-    length: np.ndarray  # int64 [B], tokens through the first EOS
-    span: np.ndarray  # int64 [B], scored tokens: canvas length or response length
+    response_length: np.ndarray  # int64 [B], tokens through the first EOS
+    scored_length: np.ndarray  # int64 [B], tokens that a likelihood counts: those of the canvas or of the response
     rewards: np.ndarray  # float64 [P, G], NaN where invalid or missing
     member: np.ndarray  # int64 [B], column of each sample in `rewards`
     unmask_step: list[np.ndarray] | None = None  # int16 [L] each
@@ -144,7 +142,7 @@ class Batch:
     block_length: int = 0  # sampler block; 0 when the canvas is one block
     step_rewards: np.ndarray | None = None  # float64 [P, G, S], grades of intermediate states
     epoch: int = 0
-    segments: list[np.ndarray] | None = None  # int32 [span] each: packed documents, which do not see each other
+    segments: list[np.ndarray] | None = None  # int32 [scored_length] each: packed documents, which do not see each other
 
     def __len__(self) -> int:
         return len(self.uid)
@@ -204,7 +202,7 @@ class Views:
     num_samples: int
     num_draws: int
     canvas_length: int  # the widest canvas of the batch
-    length: Tensor  # int64 [B], scored tokens of each sample
+    scored_length: Tensor  # int64 [B], tokens that a likelihood counts
     step: Tensor | None = None  # int64 [N], denoising step that the row replays (trajectory views)
 
     @property
@@ -237,13 +235,13 @@ class LogLikelihood:
     """Log-likelihood estimates in nats: a sum over tokens for sequences, one value per token or step otherwise.
 
     `draws` `[B, K]` keeps the single draws of a sequence estimate for error bars; `mask` `[B, L]` marks the entries of a token or
-    step estimate that exist; `length` `[B]` counts scored tokens (the normaliser of ratios).
+    step estimate that exist; `scored_length` `[B]` counts tokens (the normaliser of ratios).
     """
 
     value: Tensor  # [B], [B, L] or [B, S]
     kind: Kind
     granularity: Granularity
-    length: Tensor  # int64 [B]
+    scored_length: Tensor  # int64 [B]; a mean over draws, float64, where what was hidden is counted
     draws: Tensor | None = None
     mask: Tensor | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,20 +13,56 @@ import torch
 from rlhub.types import Batch, RewardResult, Rollout, Views
 
 
-def make_batch(rollouts: Sequence[Rollout], *, span: str, block_length: int = 0, on_invalid: str = "drop_sample") -> Batch:
+def sequence_batch(
+    prompts: Sequence[np.ndarray],
+    completions: Sequence[np.ndarray],
+    uid: Sequence[int],
+    *,
+    rewards: np.ndarray | None = None,
+    response_length: np.ndarray | None = None,
+    scored_length: np.ndarray | None = None,
+    **fields: Any,
+) -> Batch:
+    """Sequences that are no rollouts, in the order given: groups of equal size, whole completions where nothing else is said.
+
+    Args:
+        prompts, completions: int [Lp] and int [L] each.
+        rewards: float64 [P, G], groups of G neighbours; None: every sequence is a group of its own with reward 1.
+        response_length: int64 [B], tokens through the first EOS; None: all of the completion.
+        scored_length: int64 [B], tokens that a likelihood counts; None: the response's.
+        fields: others of `Batch`.
+    """
+    rewards = np.ones((len(completions), 1)) if rewards is None else rewards
+    num_groups, group_size = rewards.shape
+    if response_length is None:
+        response_length = np.array([len(completion) for completion in completions])
+    return Batch(
+        uid=np.array(uid, dtype=np.uint64),
+        group=np.repeat(np.arange(num_groups), group_size),
+        prompts=[np.asarray(prompt, dtype=np.int32) for prompt in prompts],
+        completions=[np.asarray(completion, dtype=np.int32) for completion in completions],
+        response_length=response_length,
+        scored_length=response_length if scored_length is None else scored_length,
+        rewards=rewards,
+        member=np.tile(np.arange(group_size), num_groups),
+        **fields,
+    )
+
+
+def make_batch(rollouts: Sequence[Rollout], *, scored_length: str, block_length: int = 0, on_invalid: str = "drop_sample") -> Batch:
     """Arrange graded rollouts in uid order.
 
     Args:
-        span: `canvas` scores every canvas token, `response` the tokens through the first EOS.
+        scored_length: `canvas` scores every canvas token, `response` the tokens through the first EOS (`algorithm.length`).
         on_invalid: what an invalid grade does: `drop_sample`, `drop_group`, or `value:x` which grades it x.
 
     Raises:
-        ValueError: a rollout has no grade, or `span` or `on_invalid` is unknown.
+        ValueError: a rollout has no grade, or `scored_length` or `on_invalid` is unknown.
     """
     if on_invalid not in ("drop_sample", "drop_group") and not on_invalid.startswith("value:"):
         raise ValueError(f"on_invalid must be drop_sample, drop_group or value:x, got {on_invalid!r}")
-    if span not in ("canvas", "response"):
-        raise ValueError(f"span must be canvas or response, got {span!r}")
+    if scored_length not in ("canvas", "response"):
+        raise ValueError(f"scored_length must be canvas or response, got {scored_length!r}")
     rollouts = sorted(rollouts, key=lambda rollout: rollout.uid)
     groups = sorted({rollout.group_uid for rollout in rollouts})
     index = {group: position for position, group in enumerate(groups)}
@@ -41,15 +78,15 @@ def make_batch(rollouts: Sequence[Rollout], *, span: str, block_length: int = 0,
     if on_invalid == "drop_group":
         failed = group[[not grade_of(rollout).valid for rollout in rollouts]]
         rewards[failed] = np.nan
-    length = np.array([rollout.length for rollout in rollouts])
-    canvas = np.array([len(rollout.completion_ids) for rollout in rollouts])
+    response_length = np.array([rollout.length for rollout in rollouts])
+    canvas_length = np.array([len(rollout.completion_ids) for rollout in rollouts])
     batch = Batch(
         uid=np.array([rollout.uid for rollout in rollouts], dtype=np.uint64),
         group=group,
         prompts=[rollout.prompt_ids for rollout in rollouts],
         completions=[rollout.completion_ids for rollout in rollouts],
-        length=length,
-        span=canvas if span == "canvas" else length,
+        response_length=response_length,
+        scored_length=canvas_length if scored_length == "canvas" else response_length,
         rewards=rewards,
         member=member,
         unmask_step=[rollout.unmask_step for rollout in rollouts],

@@ -30,9 +30,9 @@ def health_metrics(algorithm: Algorithm, scores: Scores, credit: Credit, batch: 
     metrics: dict[str, float] = {"group/no_signal_share": _no_signal_share(credit, batch)}
     if policy.granularity != "sequence" or not valid.any():
         return metrics
-    metrics["elbo/per_token"] = (policy.value / policy.length)[valid].mean().item()
+    metrics["elbo/per_token"] = (policy.value / policy.scored_length)[valid].mean().item()
     if scores.proximal is not None:
-        weight = ((policy.value - scores.proximal.value) / policy.length).detach()[valid].exp()
+        weight = ((policy.value - scores.proximal.value) / policy.scored_length).detach()[valid].exp()
         metrics["ess"] = (weight.sum() ** 2 / (len(weight) * (weight**2).sum())).item()
     other = scores.reference or scores.proximal
     if other is not None and other.draws is not None and policy.draws is not None and policy.draws.shape[1] > 1:
@@ -123,11 +123,11 @@ def rollout_metrics(rollouts: list[Rollout], eos_id: int) -> dict[str, float]:
     }
     grades = [grade for rollout in rollouts for grade in rollout.step_rewards]
     if grades:
-        usable = [grade.value for grade in grades if grade.valid]
-        metrics["step_reward/mean"] = float(np.mean(usable)) if usable else float("nan")
-        metrics["step_reward/invalid_share"] = 1 - len(usable) / len(grades)
-    for label in dict.fromkeys(label for rollout in rollouts for label in rollout.reward_parts):
-        parts = [rollout.reward_parts[label] for rollout in rollouts if label in rollout.reward_parts]
+        values = [grade.value for grade in grades if grade.valid]
+        metrics["step_reward/mean"] = float(np.mean(values)) if values else float("nan")
+        metrics["step_reward/invalid_share"] = 1 - len(values) / len(grades)
+    for label in dict.fromkeys(label for rollout in rollouts for label in rollout.reward.parts):
+        parts = [rollout.reward.parts[label] for rollout in rollouts if label in rollout.reward.parts]
         valid = [part.value for part in parts if part.valid]
         metrics[f"reward/part/{label}"] = float(np.mean(valid)) if valid else float("nan")
     if hits := sum(reward.cached for reward in rewards):

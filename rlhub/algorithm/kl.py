@@ -42,5 +42,5 @@ def mean_penalty(kind: str, normalize: str, policy: LogLikelihood, other: LogLik
     if policy.granularity != "sequence":
         estimate = token_mean(estimate, policy)
     elif normalize == "length":
-        estimate = estimate / policy.length
+        estimate = estimate / policy.scored_length
     return valid_mean(estimate, credit)

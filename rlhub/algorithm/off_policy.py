@@ -28,7 +28,7 @@ def correction_weights(proximal: LogLikelihood, behavior: LogLikelihood, cap: fl
         >>> correction_weights(sequence(-2.0, -2.0), sequence(-2.0, -9.0), cap=2.0)
         tensor([1., 2.])
     """
-    return ((_total(proximal) - _total(behavior)) / proximal.length).exp().clamp(max=cap)
+    return ((_total(proximal) - _total(behavior)) / proximal.scored_length).exp().clamp(max=cap)
 
 
 def weighted_credit(credit: Credit, weights: Tensor) -> Credit:

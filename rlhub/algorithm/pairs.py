@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhub.algorithm.batching import sequence_batch
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError
@@ -63,15 +64,13 @@ class Pairs:
             for row in self.row[which].tolist()
             for member in range(size)
         ]
-        return Batch(
-            uid=np.array(uids, dtype=np.uint64),
-            group=np.repeat(np.arange(len(which)), size),
-            prompts=[self.prompts[index] for index in which for _ in range(size)],
-            completions=[self._padded(response) for response in responses],
-            length=length,
-            span=np.maximum(length, self.canvas),
+        return sequence_batch(
+            [self.prompts[index] for index in which for _ in range(size)],
+            [self._padded(response) for response in responses],
+            uids,
             rewards=self.rewards[which],
-            member=np.tile(np.arange(size), len(which)),
+            response_length=length,
+            scored_length=np.maximum(length, self.canvas),
             epoch=epoch,
         )
 
@@ -127,7 +126,7 @@ class PairOrder:
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """The pairs of each step of an epoch (counted from 0), in ascending order within a step."""
-        order = np.argsort(self.noise.uniform("data/pairs/order", self.num_pairs, uid=epoch), kind="stable")
+        order = np.argsort(self.noise.uniform("data/pairs/order", self.num_pairs, epoch=epoch), kind="stable")
         edges = [self.num_pairs * place // self.steps_per_epoch for place in range(self.steps_per_epoch + 1)]
         return [np.sort(order[first:last]) for first, last in itertools.pairwise(edges)]
 

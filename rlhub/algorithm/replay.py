@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhub.algorithm.batching import MicroBatch
+from rlhub.algorithm.batching import MicroBatch, sequence_batch
+from rlhub.algorithm.scoring import guided_logits, without_prompt
 from rlhub.networks.decoder import Decoder
 from rlhub.networks.layout import slice_layout, to_device
 from rlhub.noise import Noise
-from rlhub.types import NEVER, Batch, Rollout, Views
-from rlhub.views._rows import Row, build_views
+from rlhub.types import NEVER, Rollout, Views
+from rlhub.views._rows import NoisyRow, build_views
 
 STATES = 8  # of a rollout that are replayed, so that the cost does not grow with the number of denoising steps
 TOLERANCE = 1e-3  # nats; fp32 on the same device stays below 1e-5
@@ -70,20 +71,9 @@ def replay_views(states: Sequence[State], network: Decoder) -> Views:
     """One row per state, scored at the tokens that its step wrote."""
     canvases = [canvas_before(rollout, step, network.mask_id) for rollout, step in states]
     written = [write_steps(rollout) == step for rollout, step in states]
-    length = np.array([len(canvas) for canvas in canvases])
-    number = np.arange(len(states))
-    batch = Batch(
-        uid=np.array([rollout.uid for rollout, _ in states], dtype=np.uint64),
-        group=number,
-        prompts=[rollout.prompt_ids for rollout, _ in states],
-        completions=canvases,
-        length=length,
-        span=length,
-        rewards=np.zeros((len(states), 1)),
-        member=np.zeros(len(states), dtype=np.int64),
-    )
+    batch = sequence_batch([rollout.prompt_ids for rollout, _ in states], canvases, [rollout.uid for rollout, _ in states])
     rows = [
-        Row(sample, 0, masked=canvas == network.mask_id, scored=scored, step=step)
+        NoisyRow(sample, 0, masked=canvas == network.mask_id, scored=scored, step=step)
         for sample, (canvas, scored, (_, step)) in enumerate(zip(canvases, written, states, strict=True))
     ]
     views = build_views(batch, rows, 1, network.profile)
@@ -100,22 +90,18 @@ def recorded(states: Sequence[State]) -> Tensor:
 def replayed_log_probs(
     network: Decoder, views: Views, run: MicroBatch, states: Sequence[State], device: torch.device | str = "cpu"
 ) -> Tensor:
-    """fp32 [m], the log-probs of one micro-batch under the network as the sampler takes them: guided where the rollout was (SMDM,
-    arXiv 2410.18514, Eq. 7)."""
+    """fp32 [m], the log-probs of one micro-batch under the network as the sampler takes them: every position goes through all layers, and
+    rollouts are guided where their sampler was. Those of one recipe have one weight."""
     begin, end = (int(views.layout.row_offsets[row]) for row in (run.first_row, run.last_row))
     layout = to_device(slice_layout(views.layout, run.first_row, run.last_row), device)
     scores = slice(run.first_score, run.last_score)
-    rows = views.score_row[scores]
-    places = (views.layout.row_offsets.long()[rows] - begin + views.score_position[scores]).to(device)
-    tokens = views.tokens[begin:end].to(device)
-    logits = network.head(network.denoise(tokens, layout), places).float()
-    weight = torch.tensor([guidance_at(states[row][0], states[row][1], network.mask_id) for row in views.sample.tolist()])[rows].to(device)
-    if weight.any():
-        lengths, starts = layout.lengths, views.completion_start[run.first_row : run.last_row].to(device)
-        place = torch.arange(end - begin, device=device) - torch.repeat_interleave(layout.row_offsets.long()[:-1], lengths)
-        hidden = torch.where(place < torch.repeat_interleave(starts, lengths), network.mask_id, tokens)
-        blind = network.head(network.denoise(hidden, layout), places).float()
-        logits = torch.where(weight[:, None] > 0, blind + (weight[:, None] + 1) * (logits - blind), logits)
+    places = (views.target_rows[scores] - begin).to(device)
+    tokens = views.tokens[begin:end]
+    logits = network.head(network.denoise(tokens.to(device), layout), places).float()
+    weights = torch.tensor([guidance_at(*state, network.mask_id) for state in states])[views.score_sample[scores]]
+    if weights.any():
+        blind = network.head(network.denoise(without_prompt(views, run, tokens, network.mask_id).to(device), layout), places).float()
+        logits = guided_logits(logits, blind, float(weights.max()), (weights > 0).to(device))
     return logits.log_softmax(-1).gather(1, views.score_target[scores].to(device)[:, None]).squeeze(1)
 
 

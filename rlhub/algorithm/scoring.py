@@ -18,7 +18,7 @@ def micro_batch_log_probs(
 
     Args:
         guidance: w of unsupervised classifier-free guidance: the law of the logits un + (w + 1) (cond - un), where `un` sees masks in
-            place of the prompt (SMDM, arXiv 2410.18514, Eq. 7). Twice the forwards.
+            place of the prompt. Twice the forwards.
     """
     begin, end = (int(views.layout.row_offsets[row]) for row in (run.first_row, run.last_row))
     layout = to_device(slice_layout(views.layout, run.first_row, run.last_row), device)
@@ -28,9 +28,9 @@ def micro_batch_log_probs(
     targets = (views.layout.row_offsets.long()[rows] - begin + views.score_position[scores]).to(device)
     logits = model.head(model.denoise(tokens.to(device), layout, targets=targets)).float()
     if guidance:
-        hidden = _without_prompt(views, run, tokens, model.mask_id).to(device)
-        free = model.head(model.denoise(hidden, layout, targets=targets)).float()
-        logits = free + (guidance + 1) * (logits - free)
+        hidden = without_prompt(views, run, tokens, model.mask_id).to(device)
+        blind = model.head(model.denoise(hidden, layout, targets=targets)).float()
+        logits = guided_logits(logits, blind, guidance)
     return logits.log_softmax(-1).gather(1, views.score_target[scores].to(device)[:, None]).squeeze(1)
 
 
@@ -41,7 +41,18 @@ def token_log_probs(model: Decoder, views: Views, max_tokens: int, device: torch
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
-def _without_prompt(views: Views, run: MicroBatch, tokens: Tensor, mask_id: int) -> Tensor:
+def guided_logits(seeing: Tensor, blind: Tensor, weight: float, where: Tensor | None = None) -> Tensor:
+    """Logits [M, V] of unsupervised classifier-free guidance: un + (w + 1) (cond - un) (SMDM, arXiv 2410.18514, Eq. 7).
+
+    Args:
+        seeing, blind: [M, V], of the model that sees the prompt and of the model that sees masks in its place.
+        where: bool [M], the rows that are guided; the others are `seeing`.
+    """
+    logits = torch.add(blind, seeing - blind, alpha=weight + 1)
+    return logits if where is None else torch.where(where[:, None], logits, seeing)
+
+
+def without_prompt(views: Views, run: MicroBatch, tokens: Tensor, mask_id: int) -> Tensor:
     """The tokens of a micro-batch with masks in place of each row's prompt, in its clean copy too where it has one."""
     offsets = views.layout.row_offsets.long()[run.first_row : run.last_row + 1]
     position = views.layout.position_ids

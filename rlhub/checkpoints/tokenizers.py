@@ -37,17 +37,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
         raise CheckpointError(f"no tokenizer in {path}: save one there with the checkpoint, e.g. tokenizer.json ({reason})") from error
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> np.ndarray:
-    """int32 [Lp]: plain text as the tokenizer encodes it, chat messages through its chat template up to the assistant's turn.
+def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+    """int32 [Lp] for each prompt: plain text as the tokenizer encodes it, chat messages through its template up to the assistant's turn.
 
     Raises:
-        DataError: the prompt has no tokens or a word outside the vocabulary, or it is a chat and the tokenizer has no chat template.
+        DataError: a prompt has no tokens or a word outside the vocabulary, or it is a chat and the tokenizer has no chat template.
     """
-    return encode_prompts(tokenizer, [prompt])[0]
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-    """int32 [Lp] for each prompt, see `encode_prompt`; much faster than one by one."""
     ids: list[list[int]] = [[] for _ in prompts]
     plain = [row for row, prompt in enumerate(prompts) if isinstance(prompt, str)]
     chats = [row for row, prompt in enumerate(prompts) if not isinstance(prompt, str)]

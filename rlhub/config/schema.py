@@ -228,7 +228,7 @@ class AlgorithmConfig:
     """Module of `rlhub.objectives` and its options."""
     kl: KLConfig = field(default_factory=KLConfig)
     length: Literal["canvas", "response"] = "canvas"
-    """`canvas`: every canvas token counts; `response`: tokens through the first EOS."""
+    """Which length is scored: `canvas`, every canvas token; `response`, tokens through the first EOS."""
     updates: PositiveInt = 1
     """Inner updates per batch of rollouts."""
     fresh_views: Literal["update", "step", "epoch", "never"] = "update"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhub.config.schema import SamplerConfig
 from rlhub.engines.forward import Forward
-from rlhub.engines.torch_engine import Engine, Rows, View
+from rlhub.engines.torch_engine import ActiveBlocks, Engine, RunningRows
 from rlhub.noise import Noise
 from rlhub.types import Request
 
@@ -59,7 +59,7 @@ def agreement(
     return Agreement(float(same.mean()), float(same.all(1).mean()), float(divergence.mean()), float(divergence.max()))
 
 
-class _Compared(Rows):
+class _Compared(RunningRows):
     """Rollouts that look up the exact law wherever they use the approximate one."""
 
     def __init__(self, engine: Engine, requests: Sequence[Request], settings: SamplerConfig, noise: Noise, exact: tuple) -> None:
@@ -67,7 +67,7 @@ class _Compared(Rows):
         self.exactly = Forward(exact[0], self.slots, exact[1])
         self.divergence: list[Tensor] = []
 
-    def logits(self, view: View, row: Tensor, column: Tensor) -> Callable[[slice], Tensor]:
+    def logits(self, view: ActiveBlocks, row: Tensor, column: Tensor) -> Callable[[slice], Tensor]:
         """The approximate logits; their divergence from the exact law (nats, KL of exact to used) is noted. Costs no counted forward."""
         approximate = super().logits(view, row, column)
         own, self.forward, forwards = self.forward, self.exactly, self.slots.forwards.clone()

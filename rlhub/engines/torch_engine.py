@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhub.algorithm.scoring import guided_logits
 from rlhub.config.schema import SamplerConfig
 from rlhub.engines import device_noise
 from rlhub.engines.forward import Forward, Slots
@@ -38,7 +39,7 @@ class Engine:
 
     def __init__(self, model: Decoder, device: torch.device | str = "cpu", max_rows: int = 512) -> None:
         self.model, self.device, self.max_rows = model, torch.device(device), max_rows
-        self.running: Rows | None = None
+        self.running: RunningRows | None = None
 
     @torch.no_grad()
     def generate(
@@ -62,7 +63,7 @@ class Engine:
         check_context(requests, settings, self.model.max_length)
         if not requests:
             return []
-        self.running = Rows(self, requests, settings, noise, version)
+        self.running = RunningRows(self, requests, settings, noise, version)
         try:
             return self.running.run(on_step)
         finally:
@@ -88,7 +89,7 @@ def check_context(requests: Sequence[Request], settings: SamplerConfig, max_leng
             )
 
 
-class Rows:
+class RunningRows:
     """The requests of one call on their way through the slots, which they occupy in turn.
 
     Args:
@@ -191,7 +192,7 @@ class Rows:
     def advance(self, rows: Tensor) -> list[int]:
         """One step of the rows [R] (their slots); returns the slots that are finished."""
         settings, schedule = self.settings, self.schedule
-        view = View(self, rows)
+        view = ActiveBlocks(self, rows)
         choose = getattr(self.sampler, "choose", None)
         everything = settings.eos == "last" or "predictions" in self.records
         chosen = choose(view.state, schedule, view.uniforms, self.config) if choose and settings.eos != "last" else None
@@ -206,7 +207,7 @@ class Rows:
         self.write(view, stats, commit)
         return self.leave_block(view, commit)
 
-    def score(self, view: View, scored: Tensor) -> RowStats:
+    def score(self, view: ActiveBlocks, scored: Tensor) -> RowStats:
         """Run the model on the rows that have something to score, and describe it."""
         row, column = scored.nonzero()[:, 0], view.columns[scored]
         if "predictions" in self.records:
@@ -224,7 +225,7 @@ class Rows:
             self.record_predictions(view, row, column, values["token"])
         return view.grid(row, column, values)
 
-    def logits(self, view: View, row: Tensor, column: Tensor) -> Callable[[slice], Tensor]:
+    def logits(self, view: ActiveBlocks, row: Tensor, column: Tensor) -> Callable[[slice], Tensor]:
         """What gives the logits of a slice of canvas positions `column` [M] of rows `row` [M], ascending; with guidance where it is on."""
         settings, model = self.settings, self.forward.model
         used, place = row.unique_consecutive(return_inverse=True)
@@ -242,11 +243,11 @@ class Rows:
         def logits_of(part: slice) -> Tensor:
             seeing = model.head(hidden[part]).float()
             hiding = model.head(blind[part]).float()
-            return torch.where(guided[part, None], hiding.add_(seeing - hiding, alpha=settings.guidance + 1), seeing)
+            return guided_logits(seeing, hiding, settings.guidance, guided[part])
 
         return logits_of
 
-    def with_later_blocks(self, view: View, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    def with_later_blocks(self, view: ActiveBlocks, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
         """The positions of the active blocks and all other masked ones that the forward reaches, ascending by row."""
         if self.forward.block_causal or self.settings.cache == "dual":
             return row, column
@@ -260,13 +261,13 @@ class Rows:
             rows[:, None], self.slots.prompt_length[rows][:, None] + torch.arange(self.settings.length, device=self.device)
         ]
 
-    def record_predictions(self, view: View, row: Tensor, column: Tensor, token: Tensor) -> None:
+    def record_predictions(self, view: ActiveBlocks, row: Tensor, column: Tensor, token: Tensor) -> None:
         canvas = self.canvas(view.rows).int()
         canvas[canvas == self.model.mask_id] = NEVER
         canvas[row, column] = token.int()
         self.trace["predictions"][view.rows, view.state.number] = canvas
 
-    def write(self, view: View, stats: RowStats, commit: Commit) -> None:
+    def write(self, view: ActiveBlocks, stats: RowStats, commit: Commit) -> None:
         """Put the committed tokens into the canvas and their statistics into the trace."""
         allowed = view.inside if self.edits_tokens else view.state.masked
         positions = commit.positions & allowed
@@ -293,7 +294,7 @@ class Rows:
         if "fallback" in self.trace and commit.fallback is not None:
             self.trace["fallback"][slot, column] = commit.fallback[row]
 
-    def leave_block(self, view: View, commit: Commit) -> list[int]:
+    def leave_block(self, view: ActiveBlocks, commit: Commit) -> list[int]:
         """Move rows on to their next step or block; returns the slots that are finished."""
         rows, slots, block_length = view.rows, self.slots, self.schedule.block_length
         if commit.done is None:
@@ -339,10 +340,10 @@ class Rows:
         return self.streams[purpose]
 
 
-class View:
+class ActiveBlocks:
     """The active blocks of R rows."""
 
-    def __init__(self, rollouts: Rows, rows: Tensor) -> None:
+    def __init__(self, rollouts: RunningRows, rows: Tensor) -> None:
         self.rollouts, self.rows = rollouts, rows
         slots, length, width = rollouts.slots, rollouts.settings.length, rollouts.schedule.block_length
         first, step, prompt_length = slots.first[rows], slots.step[rows], slots.prompt_length[rows]

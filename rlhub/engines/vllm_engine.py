@@ -26,7 +26,7 @@ from torch import Tensor
 from rlhub.config.checks import check_settings
 from rlhub.config.schema import SamplerConfig
 from rlhub.engines.forward import Slots
-from rlhub.engines.torch_engine import Rows, check_context
+from rlhub.engines.torch_engine import RunningRows, check_context
 from rlhub.engines.vllm_plugin import check_model, register
 from rlhub.errors import UserError
 from rlhub.noise import Noise
@@ -199,7 +199,7 @@ class Lookup:
         return self.states[self.place[rows][place] + source]
 
 
-class Run(Rows):
+class Run(RunningRows):
     """The requests of one call, a slot for each, advanced by vLLM's steps."""
 
     def __init__(self, engine: Engine, requests: Sequence[Request], settings: SamplerConfig, noise: Noise, version: int) -> None:

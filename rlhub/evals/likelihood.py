@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhub.algorithm.batching import sequence_batch
 from rlhub.algorithm.scoring import token_log_probs
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.errors import DataError, UserError
@@ -311,15 +312,8 @@ def _views_of(batch: Batch, sample: int, profile: Profile, config: Config) -> st
 
 def _batch(items: Sequence[Item], places: Sequence[tuple[int, int]]) -> Batch:
     """Choices as samples; those of an item have one uid and so the same noise."""
-    completions = [items[number].choices[choice] for number, choice in places]
-    length = np.array([len(one) for one in completions])
-    return Batch(
-        uid=np.array([sample_uid(Phase.EVAL.number, 0, items[number].index, 0) for number, _ in places], dtype=np.uint64),
-        group=np.arange(len(places)),
-        prompts=[items[number].prompt for number, _ in places],
-        completions=completions,
-        length=length,
-        span=length,
-        rewards=np.zeros((len(places), 1)),
-        member=np.zeros(len(places), dtype=np.int64),
+    return sequence_batch(
+        [items[number].prompt for number, _ in places],
+        [items[number].choices[choice] for number, choice in places],
+        [sample_uid(Phase.EVAL.number, 0, items[number].index, 0) for number, _ in places],
     )

@@ -38,4 +38,4 @@ def token_means(log_prob: Tensor, views: Views) -> tuple[Tensor, Tensor]:
     zeros = torch.zeros(views.num_samples * views.canvas_length, dtype=log_prob.dtype)
     weighted = log_prob * views.score_weight.to(log_prob.dtype) / views.num_draws
     value = zeros.index_add(0, flat, weighted).view(views.num_samples, views.canvas_length)
-    return value, torch.arange(views.canvas_length) < views.length[:, None]
+    return value, torch.arange(views.canvas_length) < views.scored_length[:, None]

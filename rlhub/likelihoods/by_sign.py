@@ -35,4 +35,4 @@ def estimate(log_prob: Tensor, views: Views, credit: Credit, config: Config) -> 
     draws = sequence_draws(log_prob, views)
     lower, upper = draws.mean(1), upper_bound(log_prob, views, config.beta, config.rescale)
     omega = torch.full_like(lower, config.omega).masked_fill(credit.advantages > 0, config.omega_positive)
-    return LogLikelihood(lower + omega * (upper - lower), "proxy", "sequence", views.length, draws=draws)
+    return LogLikelihood(lower + omega * (upper - lower), "proxy", "sequence", views.scored_length, draws=draws)

@@ -13,7 +13,7 @@ from rlhub.types import Credit, LogLikelihood, Views
 
 @dataclass(frozen=True)
 class Config:
-    count: str = "scored"  # what `length` counts. scored: tokens of the span; masked: tokens that were hidden, on average over draws
+    count: str = "scored"  # what `scored_length` counts. scored: all of them; masked: tokens that were hidden, on average over draws
 
     def __post_init__(self) -> None:
         if self.count not in ("scored", "masked"):
@@ -23,8 +23,8 @@ class Config:
 def estimate(log_prob: Tensor, views: Views, credit: Credit, config: Config) -> LogLikelihood:
     """Nats, negative: the mean over draws of the weighted log-probs of each sample."""
     draws = sequence_draws(log_prob, views)
-    length = views.length
+    scored_length = views.scored_length
     if config.count == "masked":
         hidden = torch.bincount(views.score_sample, minlength=views.num_samples)
-        length = (hidden.to(draws.dtype) / views.num_draws).clamp(min=1e-9)  # 0 of 0 is 0
-    return LogLikelihood(draws.mean(1), "proxy", "sequence", length, draws=draws)
+        scored_length = (hidden.to(draws.dtype) / views.num_draws).clamp(min=1e-9)  # 0 of 0 is 0
+    return LogLikelihood(draws.mean(1), "proxy", "sequence", scored_length, draws=draws)

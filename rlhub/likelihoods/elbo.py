@@ -19,6 +19,6 @@ def estimate(log_prob: Tensor, views: Views, credit: Credit, config: Config) -> 
     """Lower bound of log p(y | x) in nats, unbiased for the ELBO."""
     if config.granularity == "token":
         value, mask = token_means(log_prob, views)
-        return LogLikelihood(value, "lower", "token", views.length, mask=mask)
+        return LogLikelihood(value, "lower", "token", views.scored_length, mask=mask)
     draws = sequence_draws(log_prob, views)
-    return LogLikelihood(draws.mean(1), "lower", "sequence", views.length, draws=draws)
+    return LogLikelihood(draws.mean(1), "lower", "sequence", views.scored_length, draws=draws)

@@ -25,7 +25,7 @@ class Config:
 def estimate(log_prob: Tensor, views: Views, credit: Credit, config: Config) -> LogLikelihood:
     """Upper bound of log p(y | x) in nats."""
     value = upper_bound(log_prob, views, config.beta, config.rescale)
-    return LogLikelihood(value, "upper", "sequence", views.length)
+    return LogLikelihood(value, "upper", "sequence", views.scored_length)
 
 
 def upper_bound(log_prob: Tensor, views: Views, beta: float, rescale: bool) -> Tensor:
@@ -44,5 +44,5 @@ def upper_bound(log_prob: Tensor, views: Views, beta: float, rescale: bool) -> T
     mean = total.where(covered, 1.0).log() + peak - math.log(views.num_draws)
     value = (mean / beta * covered).view(views.num_samples, -1).sum(1)
     if rescale:
-        value = value * views.length / covered.view(views.num_samples, -1).sum(1).clamp(min=1)
+        value = value * views.scored_length / covered.view(views.num_samples, -1).sum(1).clamp(min=1)
     return value

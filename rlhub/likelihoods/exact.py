@@ -21,6 +21,6 @@ def estimate(log_prob: Tensor, views: Views, credit: Credit, config: Config) -> 
     """log p(y | x) in nats, without error, of generation in the order of the views."""
     if config.granularity == "token":
         value, mask = token_means(log_prob, views)
-        return LogLikelihood(value, "exact", "token", views.length, mask=mask)
+        return LogLikelihood(value, "exact", "token", views.scored_length, mask=mask)
     draws = sequence_draws(log_prob, views)
-    return LogLikelihood(draws.mean(1), "exact", "sequence", views.length, draws=draws)
+    return LogLikelihood(draws.mean(1), "exact", "sequence", views.scored_length, draws=draws)

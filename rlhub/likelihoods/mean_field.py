@@ -19,6 +19,6 @@ def estimate(log_prob: Tensor, views: Views, credit: Credit, config: Config) -> 
     """A proxy in nats: neither a bound nor unbiased."""
     if config.granularity == "token":
         value, mask = token_means(log_prob, views)
-        return LogLikelihood(value, "proxy", "token", views.length, mask=mask)
+        return LogLikelihood(value, "proxy", "token", views.scored_length, mask=mask)
     draws = sequence_draws(log_prob, views)
-    return LogLikelihood(draws.mean(1), "proxy", "sequence", views.length, draws=draws)
+    return LogLikelihood(draws.mean(1), "proxy", "sequence", views.scored_length, draws=draws)

@@ -28,7 +28,7 @@ def merges_steps(config: Config) -> bool:
 
 
 def estimate(log_prob: Tensor, views: Views, credit: Credit, config: Config) -> LogLikelihood:
-    """Nats; `mask` marks the tokens or steps that were scored, `length` counts the scored tokens. S follows step advantages [B, S].
+    """Nats; `mask` marks the tokens or steps that were scored, `scored_length` counts the scored tokens. S follows step advantages [B, S].
 
     Raises:
         ValueError: the views replay no steps.
@@ -39,13 +39,13 @@ def estimate(log_prob: Tensor, views: Views, credit: Credit, config: Config) -> 
     value, _ = token_means(log_prob, views)
     scored = torch.zeros(value.shape, dtype=torch.bool)
     scored[views.score_sample, views.score_token] = True
-    length = scored.sum(1).clamp(min=1)
+    scored_length = scored.sum(1).clamp(min=1)
     if config.granularity == "token":
-        return LogLikelihood(value, kind, "token", length, mask=scored)
+        return LogLikelihood(value, kind, "token", scored_length, mask=scored)
     width = credit.advantages.shape[1] if credit.advantages.dim() == 2 else int(views.step.max()) + 1
     flat = views.score_sample * width + views.step[views.score_row]
     weighted = log_prob * views.score_weight.to(log_prob.dtype)
     value = torch.zeros(views.num_samples * width, dtype=log_prob.dtype).index_add(0, flat, weighted)
     mask = torch.zeros(views.num_samples, width, dtype=torch.bool)
     mask[views.sample, views.step] = True
-    return LogLikelihood(value.view(views.num_samples, width), kind, "step", length, mask=mask)
+    return LogLikelihood(value.view(views.num_samples, width), kind, "step", scored_length, mask=mask)

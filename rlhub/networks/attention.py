@@ -151,7 +151,7 @@ def _one_segment_rows(side: Side) -> Side:
 
 
 @dataclass(frozen=True)
-class Grid:
+class PaddedGrid:
     """Packed tokens as a padded `[N, W]` grid; without `gather` all rows have W tokens and nothing needs padding.
 
     `gather` [N * W] names the token of each cell (any token where the cell is padding), `scatter` [T] the cell of each token.
@@ -164,7 +164,7 @@ class Grid:
     filled: Tensor | None = None
 
     @classmethod
-    def of(cls, lengths: Tensor) -> Grid:
+    def of(cls, lengths: Tensor) -> PaddedGrid:
         num_rows, width = len(lengths), int(lengths.max())
         column = torch.arange(width, device=lengths.device)
         filled = column < lengths[:, None]
@@ -173,7 +173,7 @@ class Grid:
         return cls(num_rows, width, gather.flatten(), filled.flatten().nonzero().squeeze(1), filled)
 
     @classmethod
-    def fit(cls, lengths: Tensor) -> Grid:
+    def fit(cls, lengths: Tensor) -> PaddedGrid:
         """Without padding where that is possible."""
         return cls(len(lengths), int(lengths[0])) if bool((lengths == lengths[0]).all()) else cls.of(lengths)
 
@@ -189,13 +189,13 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """Rows that one call of the kernel serves: slices of the packed queries and keys, their grids and what to add to the scores."""
 
     queries: slice
     keys: slice
-    query: Grid
-    key: Grid | None  # None: keys come as a grid, from a cache
+    query: PaddedGrid
+    key: PaddedGrid | None  # None: keys come as a grid, from a cache
     bias: Tensor | None = None
 
 
@@ -220,7 +220,7 @@ def _sdpa(attention: Attention, query: Side) -> Kernel:
     return kernel
 
 
-def _groups(attention: Attention, query: Side) -> list[Group]:
+def _groups(attention: Attention, query: Side) -> list[RowGroup]:
     """Runs of equally long rows need neither padding nor bias, as the draws of a sample are; else all rows form one padded group."""
     key = attention.key
     if attention.rule == "full" and not bool((key.segment != 0).any()):
@@ -229,8 +229,8 @@ def _groups(attention: Attention, query: Side) -> list[Group]:
         if len(rows) == 1 or 2 * len(rows) <= len(key.lengths):
             return _runs(rows.tolist(), length.tolist(), query, key)
     cached, everything = attention.cache is not None, slice(None)
-    query_grid = Grid.fit(query.lengths) if cached else Grid.of(query.lengths)
-    key_grid = Grid.fit(key.lengths)
+    query_grid = PaddedGrid.fit(query.lengths) if cached else PaddedGrid.of(query.lengths)
+    key_grid = PaddedGrid.fit(key.lengths)
     seen = visible(
         attention.rule,
         *(query_grid.pad(mark)[:, :, None] for mark in (query.segment, query.block)),
@@ -238,7 +238,7 @@ def _groups(attention: Attention, query: Side) -> list[Group]:
     )
     if key_grid.filled is not None:
         seen &= key_grid.filled[:, None, :]
-    group = Group(everything, everything, query_grid, None if cached else key_grid)
+    group = RowGroup(everything, everything, query_grid, None if cached else key_grid)
     if cached and bool(seen.all()):
         return [group]
     bias = torch.zeros(seen.shape, dtype=attention.dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
@@ -248,17 +248,17 @@ def _groups(attention: Attention, query: Side) -> list[Group]:
     return [replace(group, bias=bias[:, None])]
 
 
-def _runs(rows: list[int], lengths: list[int], query: Side, key: Side) -> list[Group]:
+def _runs(rows: list[int], lengths: list[int], query: Side, key: Side) -> list[RowGroup]:
     groups, row, first_key, first_query = [], 0, 0, 0
     counts = None if query is key else query.lengths
     for num_rows, length in zip(rows, lengths, strict=True):
         keys = num_rows * length
         queries = keys if counts is None else int(counts[row : row + num_rows].sum())
         if queries:
-            key_grid = Grid(num_rows, length)
-            query_grid = key_grid if counts is None else Grid.fit(counts[row : row + num_rows])
+            key_grid = PaddedGrid(num_rows, length)
+            query_grid = key_grid if counts is None else PaddedGrid.fit(counts[row : row + num_rows])
             spans = (slice(first_query, first_query + queries), slice(first_key, first_key + keys))
-            groups.append(Group(*spans, query_grid, key_grid))
+            groups.append(RowGroup(*spans, query_grid, key_grid))
         row, first_key, first_query = row + num_rows, first_key + keys, first_query + queries
     return groups
 

@@ -75,7 +75,7 @@ def token_mean(per_token: Tensor, likelihood: LogLikelihood) -> Tensor:
 def weighted_mean(credit: Credit, likelihood: LogLikelihood) -> Tensor:
     """[B], advantage times log-likelihood per scored token: of the sequence, or averaged over its tokens or steps."""
     weighted = spread(credit, likelihood) * likelihood.value
-    return weighted / likelihood.length if likelihood.granularity == "sequence" else token_mean(weighted, likelihood)
+    return weighted / likelihood.scored_length if likelihood.granularity == "sequence" else token_mean(weighted, likelihood)
 
 
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:

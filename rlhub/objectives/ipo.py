@@ -37,7 +37,7 @@ def loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor, dict[s
     """
     gain = scores.policy.value - scores.reference.value.detach()
     if config.normalize == "length":
-        gain = gain / scores.policy.length
+        gain = gain / scores.policy.scored_length
     chosen, rejected = by_pair(gain, scores, credit, "ipo")
     error = chosen - rejected - 1 / (2 * config.tau)
     return (error**2).sum() / max(len(error), 1), pair_metrics("ipo", chosen, rejected)

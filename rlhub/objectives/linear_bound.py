@@ -34,7 +34,7 @@ def loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor, dict[s
     policy, proximal = scores.policy, scores.proximal
     if policy.draws is None:
         raise ValueError("linear_bound needs the single draws of a sequence likelihood, such as elbo")
-    scale = policy.length if config.normalize == "length" else torch.ones_like(policy.length)
+    scale = policy.scored_length if config.normalize == "length" else torch.ones_like(policy.scored_length)
     delta = (policy.value - proximal.value.detach()) / scale
     per_draw = (policy.draws - proximal.draws.detach()) / scale[:, None]
     rewarded = credit.advantages >= 0

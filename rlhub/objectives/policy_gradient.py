@@ -28,4 +28,4 @@ def loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor, dict[s
         raise ValueError(f"normalize must be batch or sample, got {config.normalize!r}")
     weighted = spread(credit, policy) * policy.value
     total = weighted if policy.granularity == "sequence" else (weighted * policy.mask).sum(1)
-    return -(total * credit.valid).sum() / (policy.length * credit.valid).sum().clamp(min=1), {}
+    return -(total * credit.valid).sum() / (policy.scored_length * credit.valid).sum().clamp(min=1), {}

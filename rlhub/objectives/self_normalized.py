@@ -32,7 +32,7 @@ def loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor, dict[s
     policy = scores.policy
     if policy.granularity != "sequence":
         raise ValueError(f"self_normalized needs a sequence likelihood, got one per {policy.granularity}")
-    log_ratio = ((policy.value - scores.proximal.value) / policy.length).detach()
+    log_ratio = ((policy.value - scores.proximal.value) / policy.scored_length).detach()
     clipped = log_ratio.exp().clamp(config.clip_low, config.clip_high) * credit.valid
     share = clipped / clipped.sum().clamp(min=1e-12)
     metrics = ratio_metrics(log_ratio, credit.advantages, credit.valid, 1 - config.clip_low, config.clip_high - 1)

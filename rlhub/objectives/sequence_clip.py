@@ -23,7 +23,7 @@ class Config:
 
 def loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor, dict[str, float]]:
     """Negative mean of the clipped surrogate over valid samples."""
-    log_ratio = (scores.policy.value - scores.proximal.value.detach()) / scores.policy.length
+    log_ratio = (scores.policy.value - scores.proximal.value.detach()) / scores.policy.scored_length
     surrogate = clipped_surrogate(log_ratio, credit.advantages, config.clip_low, config.clip_high)
     metrics = ratio_metrics(log_ratio, credit.advantages, credit.valid, config.clip_low, config.clip_high)
     return -valid_mean(surrogate, credit), metrics

@@ -27,5 +27,5 @@ def loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor, dict[s
     """
     if scores.policy.granularity != "sequence":
         raise ValueError(f"sft needs a sequence likelihood, got one per {scores.policy.granularity}")
-    value = -valid_mean(scores.policy.value / scores.policy.length, credit)
+    value = -valid_mean(scores.policy.value / scores.policy.scored_length, credit)
     return value, {"sft/per_token": value.item()}

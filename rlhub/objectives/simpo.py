@@ -25,7 +25,7 @@ def loss(scores: Scores, credit: Credit, config: Config) -> tuple[Tensor, dict[s
     Raises:
         ValueError: the credit holds no pairs, or the likelihood is not one of sequences.
     """
-    reward = config.beta * scores.policy.value / scores.policy.length
+    reward = config.beta * scores.policy.value / scores.policy.scored_length
     chosen, rejected = by_pair(reward, scores, credit, "simpo")
     margin = chosen - rejected - config.gamma
     return -F.logsigmoid(margin).sum() / max(len(margin), 1), pair_metrics("simpo", chosen, rejected)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhub.config.schema import AlgorithmConfig
-from rlhub.noise import Noise
+from rlhub.noise import Noise, Quantity
 from rlhub.oracle.network import row_logits
 from rlhub.types import Rollout
 
@@ -38,7 +38,7 @@ def coupled_masks(length: int, draws: int, noise: Noise, uid: int, update: int) 
     masks = []
     for draw in range(draws):
         key = {"uid": uid, "update": update, "draw": draw}
-        count = int(noise.uniform("views", 1, **key, position=1)[0] * (length + 1))
+        count = int(noise.uniform("views", 1, **key, quantity=Quantity.LEVEL)[0] * (length + 1))
         order = sorted(range(length), key=noise.uniform("views", length, **key).tolist().__getitem__)
         masks.append(np.isin(np.arange(length), order[:count]))
     return masks

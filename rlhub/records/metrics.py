@@ -22,18 +22,18 @@ from typing import Any
 from rlhub.errors import DataError
 from rlhub.files import plain, replace_file
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 Interval = tuple[float, float]
 
 CLOCK_PREFIXES = ("time/", "system/", "throughput/")
 
 
-def read_metrics(path: Path | str) -> list[Row]:
+def read_metrics(path: Path | str) -> list[MetricsRow]:
     """The rows of a log. A missing file has none; a torn last line (the writer was killed) is left out."""
     return _parse(Path(path))[0]
 
 
-def without_clocks(row: Row) -> Row:
+def without_clocks(row: MetricsRow) -> MetricsRow:
     """The part of a row that a deterministic run repeats bit for bit."""
     return {key: value for key, value in row.items() if key != "wall_s" and not key.startswith(CLOCK_PREFIXES)}
 
@@ -49,7 +49,7 @@ class MetricsLog:
             self._replace(rows)  # a row appended to a torn line would be lost with it
         self._file = self.path.open("a", encoding="utf-8")
 
-    def write(self, row: Row) -> None:
+    def write(self, row: MetricsRow) -> None:
         self._file.write(_line(row))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -71,15 +71,15 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
 
-    def _replace(self, rows: list[Row]) -> None:
+    def _replace(self, rows: list[MetricsRow]) -> None:
         replace_file(self.path, "".join(map(_line, rows)))
 
 
-def _line(row: Row) -> str:
+def _line(row: MetricsRow) -> str:
     return json.dumps(plain(row), allow_nan=False) + "\n"
 
 
-def _parse(path: Path) -> tuple[list[Row], bool]:
+def _parse(path: Path) -> tuple[list[MetricsRow], bool]:
     """Rows of a log, and whether its last line is whole."""
     if not path.exists():
         return [], True
@@ -99,7 +99,7 @@ def _parse(path: Path) -> tuple[list[Row], bool]:
     return rows, not text or text.endswith("\n")
 
 
-def series(rows: Sequence[Row], key: str, phase: str | None = None) -> tuple[list[int], list[float]]:
+def series(rows: Sequence[MetricsRow], key: str, phase: str | None = None) -> tuple[list[int], list[float]]:
     """Steps and values of a metric where it was measured, in the order of the log."""
     found = [
         (row["step"], float(row[key]))
@@ -109,7 +109,7 @@ def series(rows: Sequence[Row], key: str, phase: str | None = None) -> tuple[lis
     return [step for step, _ in found], [value for _, value in found]
 
 
-def phases(rows: Sequence[Row]) -> list[str]:
+def phases(rows: Sequence[MetricsRow]) -> list[str]:
     """Names of the phases in the order in which they ran."""
     return list(dict.fromkeys(row["phase"] for row in rows if "phase" in row))
 
@@ -132,7 +132,7 @@ class Summary:
     phase_seconds: float | None  # of the last phase
 
 
-def summarize(rows: Sequence[Row]) -> Summary | None:
+def summarize(rows: Sequence[MetricsRow]) -> Summary | None:
     """The summary of a log, None before the first evaluation. The test set is read from the newest row that names it."""
     evaluated = [row for row in rows if row.get("eval/accuracy") is not None or row.get("eval/accuracy_t1") is not None]
     if not evaluated:
@@ -242,8 +242,3 @@ def busy_union(intervals: Sequence[Interval], window: Interval = (-math.inf, mat
 def idle_share(intervals: Sequence[Interval], window: Interval) -> float:
     """Share of the window, 0 to 1, in which none of the intervals runs."""
     return 1.0 - busy_union(intervals, window) / (window[1] - window[0])
-
-
-def overhead_seconds(intervals: Sequence[Interval], window: Interval) -> float:
-    """Controller overhead: seconds of the window in which no actor at all was busy."""
-    return window[1] - window[0] - busy_union(intervals, window)

@@ -70,8 +70,8 @@ def rollout_row(
         "forwards": int(rollout.num_forwards),
         "sampler": plain(rollout.sampler),
     }
-    if rollout.reward_parts:
-        row["parts"] = {label: to_json(part) for label, part in rollout.reward_parts.items()}
+    if rollout.reward is not None and rollout.reward.parts:
+        row["parts"] = {label: to_json(part) for label, part in rollout.reward.parts.items()}
     traces = {key: getattr(rollout, key) for key in ("entropy", "order", "fallback")}
     row |= {key: plain(values) for key, values in traces.items() if values is not None}
     if rollout.edits is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rlhub.phases import Phase
-from rlhub.records.metrics import Row
+from rlhub.records.metrics import MetricsRow
 
 Metric = float | int | str
 Metrics = Mapping[str, Metric]
@@ -31,6 +31,6 @@ class StepRecord:
         """Take metrics in; what was measured twice stands as it was measured last."""
         self.metrics.update(metrics)
 
-    def row(self, wall_seconds: float) -> Row:
+    def row(self, wall_seconds: float) -> MetricsRow:
         """The line of the log, `wall_seconds` after the start of the run."""
         return {"phase": self.phase, "step": self.step, "wall_s": wall_seconds, **self.metrics}

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 from rlhub.errors import RecipeError
 from rlhub.files import plain
 from rlhub.parts import did_you_mean
-from rlhub.records.metrics import MetricsLog, Row
+from rlhub.records.metrics import MetricsLog, MetricsRow
 
 
 class Tracker(Protocol):
     """A place that metrics are sent to."""
 
-    def log(self, row: Row) -> None: ...
+    def log(self, row: MetricsRow) -> None: ...
 
     def close(self) -> None: ...
 
@@ -30,7 +30,7 @@ class TensorBoard:
         self._folder = Path(run_dir) / "logs" / "tensorboard"
         self._writers: dict[str, Any] = {}
 
-    def log(self, row: Row) -> None:
+    def log(self, row: MetricsRow) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         phase, step = row["phase"], row["step"]
@@ -57,7 +57,7 @@ class Trackers:
         self.metrics = MetricsLog(Path(run_dir) / "metrics.jsonl")
         self.others: list[Tracker] = [TRACKERS[name](Path(run_dir)) for name in dict.fromkeys(names)]
 
-    def log(self, row: Row) -> None:
+    def log(self, row: MetricsRow) -> None:
         self.metrics.write(row)
         for tracker in self.others:
             tracker.log(row)

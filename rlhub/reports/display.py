@@ -24,9 +24,9 @@ from rlhub.records.rollout_log import read_rollouts, rollout_files, rollout_row,
 from rlhub.reports.timeline import (
     CONFIDENCE_COLORS,
     VISIBLE,
-    Cell,
+    CanvasCell,
     Frame,
-    Row,
+    SampleRow,
     confidence_color,
     denoising_frames,
     settings_text,
@@ -100,7 +100,7 @@ def sample_row(rollout: Rollout, tokenizer: Any, prompt: Any) -> dict[str, Any]:
     return rollout_row(0, rollout, plain_prompt(prompt), completion, strings, token_namer(tokenizer))
 
 
-def show_row(row: Row, console: Console | None = None, delay: float = 0.15) -> None:
+def show_row(row: SampleRow, console: Console | None = None, delay: float = 0.15) -> None:
     """Plays the denoising of a row in place on a terminal, `delay` seconds a step; prints a table of its steps anywhere else."""
     console = console or Console()
     frames = denoising_frames(row, MASK if console.is_terminal else "_")
@@ -116,7 +116,7 @@ def show_row(row: Row, console: Console | None = None, delay: float = 0.15) -> N
     _print(console, f"completion: {row['completion']}")
 
 
-def step_table(row: Row, frames: Sequence[Frame]) -> list[str]:
+def step_table(row: SampleRow, frames: Sequence[Frame]) -> list[str]:
     """A line for each step: what it filled or edited, how sure the model was of the least sure of these, and the canvas after it."""
     length = len(row["tokens"])
     lines = [f"{'step':>4}  {'block':>9}  {'filled':>9}  {'confidence':>10}  canvas"]
@@ -220,7 +220,7 @@ def _picture(frame: Frame, number: int, last: int) -> Group:
     return Group(text, *([Text("edits  " + ",  ".join(edits), style="bold")] if edits else []), counter)
 
 
-def _style(cell: Cell, in_block: bool) -> str:
+def _style(cell: CanvasCell, in_block: bool) -> str:
     underline = " underline" if in_block else ""
     if cell.state == "masked":
         return f"dim{underline}"

@@ -20,10 +20,10 @@ from rlhub.errors import CheckpointError, DataError
 from rlhub.files import replace_file
 from rlhub.parts import flatten
 from rlhub.phases import TRAINING, Phase
-from rlhub.records.metrics import Row, Summary, read_metrics, series, summarize
+from rlhub.records.metrics import MetricsRow, Summary, read_metrics, series, summarize
 from rlhub.records.progress import accuracy_text, clock_text, describe_test_set, gain_text
 from rlhub.records.rollout_log import read_rollouts, rollout_files
-from rlhub.reports.plots import PANELS, Group, draw_panel, draw_plots
+from rlhub.reports.plots import PANELS, SeedGroup, draw_panel, draw_plots
 from rlhub.reports.timeline import render, timeline_data
 
 SAMPLES_PER_DUMP = 6
@@ -39,7 +39,7 @@ class Run:
 
     path: Path
     config: dict[str, Any]  # dotted keys
-    rows: list[Row]
+    rows: list[MetricsRow]
     summary: Summary | None
 
     @property
@@ -71,7 +71,7 @@ def save_accuracy_plot(runs: Sequence[Path | str], file: Path) -> Path:
         DataError: no run has an evaluation yet.
     """
     loaded = [load_run(Path(path)) for path in runs]
-    groups = [Group(name, [run.rows for run in members]) for name, members in grouped(loaded).items()]
+    groups = [SeedGroup(name, [run.rows for run in members]) for name, members in grouped(loaded).items()]
     plot = draw_panel(PANELS[0], groups, loaded[0].num_problems)
     if plot is None:
         raise DataError(f"{loaded[0].path} has no evaluation yet: there is nothing to plot")
@@ -82,7 +82,7 @@ def save_accuracy_plot(runs: Sequence[Path | str], file: Path) -> Path:
 def render_report(runs: Sequence[Run]) -> str:
     """The page as text."""
     groups = grouped(runs)
-    plots = draw_plots([Group(name, [run.rows for run in members]) for name, members in groups.items()], runs[0].num_problems)
+    plots = draw_plots([SeedGroup(name, [run.rows for run in members]) for name, members in groups.items()], runs[0].num_problems)
     first = runs[0]
     several = len(runs) > 1
     accuracies = [group_row(name, members) for name, members in groups.items()]
@@ -232,7 +232,7 @@ def run_row(run: Run) -> dict[str, Any]:
     return {"name": run.name, "cells": [str(summary.last_step), *accuracies, seconds], "test_set": describe_test_set(summary)}
 
 
-def number_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def number_rows(rows: Sequence[MetricsRow]) -> list[dict[str, Any]]:
     """First, last, mean and extremes of every metric of the last phase."""
     if not rows:
         return []

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 
 from rlhub.phases import TRAINING, Phase
-from rlhub.records.metrics import Row, phases, series, wilson_interval
+from rlhub.records.metrics import MetricsRow, phases, series, wilson_interval
 
 STYLE = {
     "font.size": 9,
@@ -48,11 +48,11 @@ IDLE = "system/idle_share/"
 PHASE_TITLES = {Phase.SFT: "SFT", Phase.ONLINE: "RL", Phase.PAIRS: "preferences"}
 
 
-class Group(NamedTuple):
+class SeedGroup(NamedTuple):
     """Runs that differ in their seed only: their common name and the rows of each."""
 
     name: str
-    runs: list[list[Row]]
+    runs: list[list[MetricsRow]]
 
 
 @dataclass(frozen=True)
@@ -163,14 +163,14 @@ class Plot:
         return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def draw_plots(groups: Sequence[Group], num_problems: int | None = None) -> list[Plot]:
+def draw_plots(groups: Sequence[SeedGroup], num_problems: int | None = None) -> list[Plot]:
     """Every plot that the runs have data for."""
     plots = [draw_panel(panel, groups, num_problems) for panel in PANELS]
     return [plot for plot in [*plots, draw_time(groups), draw_idle(groups), draw_sync(groups)] if plot]
 
 
 @rc_context(STYLE)
-def draw_panel(panel: Panel, groups: Sequence[Group], num_problems: int | None = None) -> Plot | None:
+def draw_panel(panel: Panel, groups: Sequence[SeedGroup], num_problems: int | None = None) -> Plot | None:
     """A panel, None where no run has its metrics."""
     shown = [phase for phase in _phases(groups) if phase in panel.phases and _measured(groups, panel.curves, phase)]
     if not shown:
@@ -211,7 +211,7 @@ class _Series(NamedTuple):
     high: list[float]
 
 
-def series_of(rows: Sequence[Row], curve: Curve, phase: str) -> _Series:
+def series_of(rows: Sequence[MetricsRow], curve: Curve, phase: str) -> _Series:
     """A curve's points in one run."""
     steps, values = series(rows, curve.key, phase)
     low, high = values, values
@@ -278,7 +278,7 @@ def _finish(axes: Axes, panel: Panel, phase: str | None) -> None:
 
 
 @rc_context(STYLE)
-def draw_time(groups: Sequence[Group]) -> Plot | None:
+def draw_time(groups: Sequence[SeedGroup]) -> Plot | None:
     """Time per part of a step: stacked over the steps for one run, mean bars for several."""
     rows = [[row for run in group.runs for row in _timed(run)] for group in groups]
     spans = [span for span in SPANS if any(row.get(f"time/{span}_s") for part in rows for row in part)]
@@ -308,7 +308,7 @@ def draw_time(groups: Sequence[Group]) -> Plot | None:
     return Plot("Time per phase of a step", figure, "Running mean." if one else "Mean over steps and seeds.")
 
 
-def draw_idle(groups: Sequence[Group]) -> Plot | None:
+def draw_idle(groups: Sequence[SeedGroup]) -> Plot | None:
     """Idle share of each role."""
     keys = sorted({key for group in groups for run in group.runs for row in run for key in row if key.startswith(IDLE)})
     curves = [Curve(key, key.removeprefix(IDLE), smooth=True) for key in keys]
@@ -316,7 +316,7 @@ def draw_idle(groups: Sequence[Group]) -> Plot | None:
 
 
 @rc_context(STYLE)
-def draw_sync(groups: Sequence[Group]) -> Plot | None:
+def draw_sync(groups: Sequence[SeedGroup]) -> Plot | None:
     """Time of each weight exchange, with a cross where its receipt did not agree."""
     rows = [(index, _timed(run)) for index, group in enumerate(groups) for run in group.runs]
     runs = [(index, series(run, "time/sync_s"), dict(zip(*series(run, "sync/receipt_ok"), strict=True))) for index, run in rows]
@@ -338,7 +338,7 @@ def draw_sync(groups: Sequence[Group]) -> Plot | None:
     return Plot("Weight exchange", figure, receipt_text([row for _, run in rows for row in run]))
 
 
-def receipt_text(rows: Sequence[Row]) -> str:
+def receipt_text(rows: Sequence[MetricsRow]) -> str:
     """How many weight exchanges were proven, and their size."""
     receipts = series(rows, "sync/receipt_ok")[1]
     if not receipts:
@@ -365,15 +365,15 @@ def _step_axis(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
-def _phases(groups: Sequence[Group]) -> list[str]:
+def _phases(groups: Sequence[SeedGroup]) -> list[str]:
     return list(dict.fromkeys(phase for group in groups for run in group.runs for phase in phases(run)))
 
 
-def _timed(rows: Sequence[Row]) -> list[Row]:
+def _timed(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
     return [row for row in rows if row.get("phase") in TIMED_PHASES]
 
 
-def _measured(groups: Sequence[Group], curves: Sequence[Curve], phase: str) -> bool:
+def _measured(groups: Sequence[SeedGroup], curves: Sequence[Curve], phase: str) -> bool:
     return any(series(run, curve.key, phase)[0] for group in groups for run in group.runs for curve in curves)
 
 

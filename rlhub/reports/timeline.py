@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rlhub.files import replace_file
 from rlhub.types import NEVER
 
-Row = Mapping[str, Any]  # see rlhub.records.rollout_log
+SampleRow = Mapping[str, Any]  # see rlhub.records.rollout_log
 State = Literal["masked", "new", "edited", "filled"]
 
 CONFIDENCE_COLORS = ("#b35806", "#f1a340", "#fee0b6", "#f7f7f7", "#d8daeb", "#998ec3", "#542788")  # from 0 to 1
@@ -27,7 +27,7 @@ ORDER_COLORS = ("#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779"
 VISIBLE = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
 
 
-class Cell(NamedTuple):
+class CanvasCell(NamedTuple):
     """One position of the canvas in one state. `old` is the token that an edit replaced, `confidence` the probability at temperature 1 of
     the token that stands at the end, None of one that was replaced later and where it is not recorded."""
 
@@ -41,11 +41,11 @@ class Frame(NamedTuple):
     """The canvas after a denoising step (NEVER: before the first one). `block` bounds the active block, [first, last)."""
 
     step: int
-    cells: list[Cell]
+    cells: list[CanvasCell]
     block: tuple[int, int]
 
 
-def denoising_frames(row: Row, mask: str = "_") -> list[Frame]:
+def denoising_frames(row: SampleRow, mask: str = "_") -> list[Frame]:
     """The canvas before the first step and after each step that changed it; a position that was never filled stays masked.
 
     >>> frames = denoising_frames({"tokens": ["3", "+", "4"], "unmask_step": [1, 0, 0]})
@@ -57,27 +57,27 @@ def denoising_frames(row: Row, mask: str = "_") -> list[Frame]:
     for at, position, old, new in row.get("edits") or []:
         edits.setdefault(position, []).append((at, old, new))
 
-    def cell(position: int, step: int) -> Cell:
+    def cell(position: int, step: int) -> CanvasCell:
         if steps[position] == NEVER or steps[position] > step:
-            return Cell(mask, "masked")
+            return CanvasCell(mask, "masked")
         mine = edits.get(position, [])
         done = [edit for edit in mine if edit[0] <= step]
         text = done[-1][2] if done else mine[0][1] if mine else row["tokens"][position]
         known = confidence[position] if len(done) == len(mine) else None
         if done and done[-1][0] == step:
-            return Cell(text, "edited", known, old=done[-1][1])
-        return Cell(text, "new" if steps[position] == step else "filled", known)
+            return CanvasCell(text, "edited", known, old=done[-1][1])
+        return CanvasCell(text, "new" if steps[position] == step else "filled", known)
 
     positions = range(len(steps))
     return [Frame(step, [cell(position, step) for position in positions], active_block(row, step)) for step in changing_steps(row)]
 
 
-def changing_steps(row: Row) -> list[int]:
+def changing_steps(row: SampleRow) -> list[int]:
     """NEVER, then the steps that filled or edited something, in order."""
     return sorted({NEVER, *row["unmask_step"], *(edit[0] for edit in row.get("edits") or [])})
 
 
-def active_block(row: Row, step: int) -> tuple[int, int]:
+def active_block(row: SampleRow, step: int) -> tuple[int, int]:
     """Bounds of the block that a step worked on, [first, last), cut to the canvas; the first block before the first step."""
     length = len(row["unmask_step"])
     width = row.get("sampler", {}).get("block_length", length) or 1
@@ -109,7 +109,7 @@ def block_offset(unmask_step: Sequence[int], width: int) -> int:
     return next((offset for offset in range(width) if fits(offset)), 0)
 
 
-def confidences(row: Row) -> list[float | None]:
+def confidences(row: SampleRow) -> list[float | None]:
     """Probability of each token at temperature 1 when it was committed; None where it is not known."""
     logps = row.get("logp") or [None] * len(row["unmask_step"])
     return [None if logp is None else math.exp(logp) for logp in logps]
@@ -145,7 +145,7 @@ def settings_text(sampler: Mapping[str, Any]) -> str:
     return ", ".join([str(sampler.get("name", "")), *(f"{key} {_number(value)}" for key, value in pairs)])
 
 
-def timeline_data(row: Row) -> dict[str, Any]:
+def timeline_data(row: SampleRow) -> dict[str, Any]:
     """What the page needs of a row, as JSON data."""
     traces = {key: row[key] for key in ("entropy", "order", "fallback") if row.get(key)}
     facts = [f"{row['forwards']} forwards"] if "forwards" in row else []
@@ -167,7 +167,7 @@ def timeline_data(row: Row) -> dict[str, Any]:
     }
 
 
-def write_timelines(rows: Sequence[Row], path: Path | str, title: str) -> Path:
+def write_timelines(rows: Sequence[SampleRow], path: Path | str, title: str) -> Path:
     """Writes a page of its own with one timeline a row; returns where it is."""
     replace_file(Path(path), render("timeline.html.j2", title=title, timelines=[timeline_data(row) for row in rows]))
     return Path(path)
@@ -181,7 +181,7 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(confidence_colors=CONFIDENCE_COLORS, order_colors=ORDER_COLORS, **values)
 
 
-def _shown_predictions(row: Row, steps: Sequence[int]) -> list[list[str | None]]:
+def _shown_predictions(row: SampleRow, steps: Sequence[int]) -> list[list[str | None]]:
     """For each of `steps` what was predicted at it, where that is recorded."""
     predictions = row.get("predictions") or []
     return [predictions[step] if 0 <= step < len(predictions) else [] for step in steps] if predictions else []

@@ -38,7 +38,7 @@ from rlhub.errors import RecipeError
 from rlhub.files import replace_file
 from rlhub.records.metrics import Summary, read_metrics, student_interval, summarize
 from rlhub.reports.page import write_report
-from rlhub.reports.plots import PANELS, Group, draw_panel
+from rlhub.reports.plots import PANELS, SeedGroup, draw_panel
 
 BASE = "base"
 
@@ -132,7 +132,7 @@ def write_results(experiment: Experiment, jobs: list[Job], output: Path, seconds
             lines.append("| " + " | ".join(cells) + " |")
     replace_file(output / "results.json", json.dumps({"about": experiment.about, "seconds": seconds, "runs": rows}, indent=2) + "\n")
     replace_file(output / "results.md", "\n".join(lines) + "\n")
-    groups = [Group(arm, [read_metrics(job.folder / "metrics.jsonl") for job in jobs if job.arm == arm]) for arm in arms]
+    groups = [SeedGroup(arm, [read_metrics(job.folder / "metrics.jsonl") for job in jobs if job.arm == arm]) for arm in arms]
     plot = draw_panel(PANELS[0], groups, rows[0]["num_problems"])
     if plot is not None:
         plot.save(output / "accuracy.png")

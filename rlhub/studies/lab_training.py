@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhub.algorithm.batching import micro_batches
+from rlhub.algorithm.batching import micro_batches, sequence_batch
 from rlhub.algorithm.schedule import learning_rate_factor
 from rlhub.algorithm.scoring import micro_batch_log_probs
 from rlhub.config.schema import OptimizerConfig, SamplerConfig
@@ -44,18 +44,7 @@ def tiny_llada(vocabulary: int, seed: int, *, width: int = 64, layers: int = 2, 
 
 def batch_of(prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray], step: int = 0) -> Batch:
     """One sample per prompt [Lp] and completion [L], all of it scored; `step` keys the noise."""
-    count = len(completions)
-    length = np.array([len(completion) for completion in completions])
-    return Batch(
-        uid=np.array([sample_uid(0, step, row, 0) for row in range(count)], dtype=np.uint64),
-        group=np.arange(count),
-        prompts=[np.asarray(prompt, dtype=np.int32) for prompt in prompts],
-        completions=[np.asarray(completion, dtype=np.int32) for completion in completions],
-        length=length,
-        span=length,
-        rewards=np.ones((count, 1)),
-        member=np.zeros(count, dtype=np.int64),
-    )
+    return sequence_batch(prompts, completions, [sample_uid(0, step, row, 0) for row in range(len(completions))])
 
 
 def train(
@@ -93,7 +82,7 @@ def masked_loss(
         views = part.make(batch, None, options, stream, 0, network.profile)
         (whole,) = micro_batches(views, int(views.layout.row_offsets[-1]))
         log_prob = micro_batch_log_probs(network, views, whole)
-        return -(log_prob * views.score_weight).sum() / (int(batch.span.sum()) * views.num_draws)
+        return -(log_prob * views.score_weight).sum() / (int(batch.scored_length.sum()) * views.num_draws)
 
     return loss
 

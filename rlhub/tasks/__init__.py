@@ -101,7 +101,7 @@ def finite_task(name: str, split: Split, description: str, examples: Sequence[Ex
     """
     if split == "test":
         return Task(name, split, description, examples.__getitem__, len(examples))
-    order = lru_cache(maxsize=2)(lambda epoch: Noise(seed).generator(f"data/{name}/order", uid=epoch).permutation(len(examples)))
+    order = lru_cache(maxsize=2)(lambda epoch: Noise(seed).generator(f"data/{name}/order", epoch=epoch).permutation(len(examples)))
 
     def example(index: int) -> Example:
         epoch, place = divmod(index, len(examples))

@@ -199,7 +199,7 @@ def _grid_cells() -> np.ndarray:
 def _draw(stream: Stream, solutions: Sequence[str], blanks: int, excluded: frozenset[str], uid: int) -> Puzzle:
     def attempt(draw: int) -> Puzzle | None:
         solution = solutions[stream.integer(len(solutions), uid=uid, draw=draw)]
-        empty = stream.subset(len(solution), blanks, uid=uid, draw=draw, position=1)
+        empty = stream.subset(len(solution), blanks, uid=uid, draw=draw, quantity=1)
         puzzle = "".join("0" if hidden else digit for digit, hidden in zip(solution, empty, strict=True))
         return Puzzle(puzzle, solution) if puzzle not in excluded and len(solve(puzzle)) == 1 else None
 

@@ -171,7 +171,7 @@ def _batch_of(session: Session, rollouts: Sequence[Rollout]) -> Batch:
     algorithm = session.recipe.algorithm
     return make_batch(
         rollouts,
-        span=algorithm.length,
+        scored_length=algorithm.length,
         block_length=session.recipe.sampler.block_length,
         on_invalid=algorithm.on_invalid,
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rlhub.algorithm.batching import sequence_batch
 from rlhub.algorithm.compose import Algorithm
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError
@@ -62,7 +63,7 @@ class PackedDocuments:
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int32 [T] of an epoch (counted from 0) and the documents int32 [T] that they belong to."""
         if epoch not in self._epochs:
-            order = self.noise.generator("data/documents/order", uid=epoch).permutation(len(self.documents))
+            order = self.noise.generator("data/documents/order", epoch=epoch).permutation(len(self.documents))
             pieces = [self.documents[index] for index in order]
             if self.packing == "eod":
                 pieces = [np.append(piece, self.eos_id) for piece in pieces]
@@ -114,18 +115,8 @@ def encode_documents(task: Task, tokenizer: PreTrainedTokenizerFast) -> list[np.
 
 def document_batch(rows: Sequence[np.ndarray], phase: Phase, step: int, segments: list[np.ndarray] | None = None) -> Batch:
     """Rows of tokens without prompts as a batch."""
-    length = np.array([len(row) for row in rows])
-    return Batch(
-        uid=np.array([sample_uid(phase.number, step, number, 0) for number in range(len(rows))], dtype=np.uint64),
-        group=np.arange(len(rows)),
-        prompts=[np.zeros(0, dtype=np.int32)] * len(rows),
-        completions=list(rows),
-        length=length,
-        span=length,
-        rewards=np.ones((len(rows), 1)),
-        member=np.zeros(len(rows), dtype=np.int64),
-        segments=segments,
-    )
+    uids = [sample_uid(phase.number, step, number, 0) for number in range(len(rows))]
+    return sequence_batch([np.zeros(0)] * len(rows), rows, uids, segments=segments)
 
 
 def evaluate_documents(crew: Crew, recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerFast) -> dict[str, Metric]:

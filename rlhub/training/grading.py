@@ -32,7 +32,7 @@ def grade(
         for example, text, rollout in zip(issued.examples, texts, rollouts, strict=True)
     ]
     results = grade_items(crew, items, batch_size)
-    graded = [rollout.graded(result, result.parts) for rollout, result in zip(rollouts, results, strict=True)]
+    graded = [rollout.graded(result) for rollout, result in zip(rollouts, results, strict=True)]
     return graded, texts
 
 
@@ -119,8 +119,8 @@ def state_text(tokenizer: PreTrainedTokenizerFast, canvas: np.ndarray, mask_text
 
 def shuffle_grades(rollouts: Sequence[Rollout], noise: Noise, step: int) -> list[Rollout]:
     """The control that must not learn: grades permuted over the batch."""
-    order = noise.generator("shuffle_rewards", uid=step).permutation(len(rollouts))
+    order = noise.generator("shuffle_rewards", step=step).permutation(len(rollouts))
     return [
-        dataclasses.replace(rollout, **{name: getattr(rollouts[source], name) for name in ("reward", "reward_parts", "step_rewards")})
+        dataclasses.replace(rollout, **{name: getattr(rollouts[source], name) for name in ("reward", "step_rewards")})
         for rollout, source in zip(rollouts, order, strict=True)
     ]

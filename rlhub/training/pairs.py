@@ -131,7 +131,7 @@ def eval_metrics(policy: torch.Tensor, reference: torch.Tensor | None, batches: 
         `eval/chosen_elbo_per_token`, `eval/rejected_elbo_per_token`: of the policy, nats.
         `eval/num_pairs`: pairs, or labelled samples.
     """
-    length = torch.from_numpy(np.concatenate([batch.span for batch in batches])).double()
+    length = torch.from_numpy(np.concatenate([batch.scored_length for batch in batches])).double()
     reward = torch.from_numpy(np.concatenate([batch.rewards[batch.group, batch.member] for batch in batches]))
     chosen = reward > 0.5
     metrics: dict[str, float] = {"eval/num_pairs": sum(len(batch.rewards) for batch in batches)}

@@ -141,7 +141,7 @@ class ReferenceCache:
         values = torch.from_numpy(self._values[places].reshape(len(indices) * self.pairs.group_size, -1).copy())
         hits = int((~self._new[places]).sum()) * self.pairs.group_size
         draws = values[:, 1:] if values.shape[1] > 1 else None
-        return LogLikelihood(values[:, 0], "proxy", "sequence", torch.from_numpy(batch.span), draws=draws), hits
+        return LogLikelihood(values[:, 0], "proxy", "sequence", torch.from_numpy(batch.scored_length), draws=draws), hits
 
     def _load(self, plan: int) -> None:
         shards: list[np.ndarray] = []
@@ -185,6 +185,6 @@ def concatenated(parts: Sequence[LogLikelihood]) -> LogLikelihood:
     return replace(
         parts[0],
         value=torch.cat([part.value for part in parts]),
-        length=torch.cat([part.length for part in parts]),
+        scored_length=torch.cat([part.scored_length for part in parts]),
         draws=torch.cat(draws) if draws else None,
     )

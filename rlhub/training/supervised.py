@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rlhub.algorithm.batching import sequence_batch
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.config.schema import AlgorithmConfig, ModelConfig, Recipe, SFTConfig
 from rlhub.errors import DataError
@@ -63,7 +64,7 @@ def supervised_batch(batch: Batch, config: SFTConfig, eos_id: int, canvas: int, 
     Raises:
         DataError: an answer has no token that counts.
     """
-    batch = with_ending(batch, config.eos_padding, eos_id, canvas if config.pad_to == "canvas" else int(batch.length.max()))
+    batch = with_ending(batch, config.eos_padding, eos_id, canvas if config.pad_to == "canvas" else int(batch.response_length.max()))
     batch = whole_sequences(batch) if config.mask_prompt else batch
     return cut_at_random(batch, config.random_length, noise, step)
 
@@ -79,14 +80,14 @@ def with_ending(batch: Batch, eos_padding: str, eos_id: int, width: int) -> Batc
     if eos_padding == "loss":
         padding = [np.full(max(width - len(one), 0), eos_id, dtype=np.int32) for one in batch.completions]
         completions = [np.concatenate([one, more]) for one, more in zip(batch.completions, padding, strict=True)]
-        return replace(batch, completions=completions, span=np.maximum(batch.length, width))
+        return replace(batch, completions=completions, scored_length=np.maximum(batch.response_length, width))
     if eos_padding == "first":
-        return replace(batch, span=batch.length)
-    last = np.array([one[length - 1] for one, length in zip(batch.completions, batch.length, strict=True)])
-    span = batch.length - (last == eos_id)
-    if (span < 1).any():
+        return replace(batch, scored_length=batch.response_length)
+    last = np.array([one[length - 1] for one, length in zip(batch.completions, batch.response_length, strict=True)])
+    scored_length = batch.response_length - (last == eos_id)
+    if (scored_length < 1).any():
         raise DataError("sft.eos_padding none leaves nothing of an empty answer; remove it from the data or use first")
-    return replace(batch, span=span)
+    return replace(batch, scored_length=scored_length)
 
 
 def whole_sequences(batch: Batch) -> Batch:
@@ -96,19 +97,19 @@ def whole_sequences(batch: Batch) -> Batch:
         batch,
         prompts=[one[:0] for one in batch.prompts],
         completions=[np.concatenate(pair) for pair in zip(batch.prompts, batch.completions, strict=True)],
-        length=batch.length + prompt,
-        span=batch.span + prompt,
+        response_length=batch.response_length + prompt,
+        scored_length=batch.scored_length + prompt,
         unmask_step=None,
     )
 
 
 def cut_at_random(batch: Batch, share: float, noise: Noise, step: int) -> Batch:
     """With probability `share` the batch with its rows cut to n ~ U{1..longest} scored tokens (LLaDA, arXiv 2502.09992, sec. 2.2)."""
-    decide, where = noise.uniform("sft/random_length", 2, uid=step)
+    decide, where = noise.uniform("sft/random_length", 2, step=step)
     if decide >= share:
         return batch
-    longest = int(batch.span.max())
-    return replace(batch, span=np.minimum(batch.span, 1 + min(int(where * longest), longest - 1)))
+    longest = int(batch.scored_length.max())
+    return replace(batch, scored_length=np.minimum(batch.scored_length, 1 + min(int(where * longest), longest - 1)))
 
 
 def demonstration_batch(task: Task, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int) -> Batch:
@@ -131,16 +132,12 @@ def demonstration_batch(task: Task, tokenizer: PreTrainedTokenizerFast, recipe: 
             raise DataError(f"demonstration of row {example.row} has {len(answer)} tokens, sampler.length is {canvas}; raise it")
         completions.append(np.array(answer + [tokenizer.eos_token_id] * (canvas - len(answer)), dtype=np.int32))
     length = np.array([min(len(answer) + 1, canvas) for answer in answers])
-    span = np.full(size, canvas) if recipe.algorithm.length == "canvas" else length
-    return Batch(
-        uid=np.array([sample_uid(Phase.SFT.number, step, row, 0) for row in range(size)], dtype=np.uint64),
-        group=np.arange(size),
-        prompts=prompts,
-        completions=completions,
-        length=length,
-        span=span,
-        rewards=np.ones((size, 1)),
-        member=np.zeros(size, dtype=np.int64),
+    return sequence_batch(
+        prompts,
+        completions,
+        [sample_uid(Phase.SFT.number, step, row, 0) for row in range(size)],
+        response_length=length,
+        scored_length=np.full(size, canvas) if recipe.algorithm.length == "canvas" else length,
         unmask_step=[np.full(canvas, NEVER, dtype=np.int16)] * size,
         block_length=recipe.sampler.block_length,
     )

@@ -31,17 +31,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from rlhub.networks.profile import Profile
-from rlhub.noise import Stream
+from rlhub.noise import Quantity, Stream
 from rlhub.types import Batch
 
-Levels = Literal["independent", "stratified"]
-
-CONTRACT = ("Config", "make(batch, credit, config, noise, update)", "rows_per_sample(config, steps)")
+CONTRACT = ("Config", "make(batch, credit, config, noise, update, profile)", "rows_per_sample(config, steps)")
 
 
 def check_draws(draws: int, masks_per_level: int = 1) -> None:
@@ -62,12 +59,12 @@ def mask_level(noise: Stream, batch: Batch, sample: int, draw: int, num_draws: i
     `stratified` spreads the draws of one sample over equal strata by one shared offset (systematic sampling): each draw keeps the
     uniform law, which a per-sample estimate needs, and the mean over draws has lower variance.
     """
-    key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "step": block}
+    key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "block": block}
     if levels == "stratified":
-        return float((noise.uniform(1, **key, draw=0, position=1)[0] + draw / num_draws) % 1.0)
+        return float((noise.uniform(1, **key, draw=0, quantity=Quantity.LEVEL)[0] + draw / num_draws) % 1.0)
     if levels != "independent":
         raise ValueError(f"levels must be independent or stratified, got {levels!r}")
-    return float(noise.uniform(1, **key, draw=draw, position=1)[0])
+    return float(noise.uniform(1, **key, draw=draw, quantity=Quantity.LEVEL)[0])
 
 
 def count_of(level: float, size: int, low: int = 1) -> int:
@@ -79,16 +76,11 @@ def count_of(level: float, size: int, low: int = 1) -> int:
     return low + min(int(level * choices), choices - 1)
 
 
-def mask_count(noise: Stream, batch: Batch, sample: int, draw: int, num_draws: int, update: int, levels: str, low: int) -> int:
-    """A mask count l with uniform law on {low, ..., L}; see `mask_level`."""
-    return count_of(mask_level(noise, batch, sample, draw, num_draws, update, levels), int(batch.span[sample]), low)
-
-
 def model_blocks(batch: Batch, sample: int, profile: Profile) -> list[slice]:
-    """The parts of a sample's scored span that lie in each block of the model; one part for full attention."""
-    span, size = int(batch.span[sample]), profile.block_length
-    inner = range(size - len(batch.prompts[sample]) % size, span, size) if size else ()
-    return [slice(*edges) for edges in itertools.pairwise([0, *inner, span])]
+    """The parts of a sample's scored scored_length that lie in each block of the model; one part for full attention."""
+    scored_length, size = int(batch.scored_length[sample]), profile.block_length
+    inner = range(size - len(batch.prompts[sample]) % size, scored_length, size) if size else ()
+    return [slice(*edges) for edges in itertools.pairwise([0, *inner, scored_length])]
 
 
 @dataclass(frozen=True)
@@ -96,9 +88,9 @@ class Masks:
     """One draw: of each block of the model a uniform subset, whose size has uniform law.
 
     Attributes:
-        masked: bool [span].
-        count: int64 [span], masked tokens of each position's block.
-        size: int64 [span], tokens of each position's block.
+        masked: bool [scored_length].
+        count: int64 [scored_length], masked tokens of each position's block.
+        size: int64 [scored_length], tokens of each position's block.
     """
 
     masked: np.ndarray
@@ -119,12 +111,16 @@ def draw_masks(
     masks_per_level: int = 1,
 ) -> Masks:
     """l ~ U{low..L_b} masks among the L_b tokens of each block b; `masks_per_level` neighbouring draws share the level."""
-    span = int(batch.span[sample])
-    masked, count, size = np.zeros(span, dtype=bool), np.zeros(span, dtype=np.int64), np.zeros(span, dtype=np.int64)
+    scored_length = int(batch.scored_length[sample])
+    masked, count, size = (
+        np.zeros(scored_length, dtype=bool),
+        np.zeros(scored_length, dtype=np.int64),
+        np.zeros(scored_length, dtype=np.int64),
+    )
     key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "draw": draw}
     for number, block in enumerate(model_blocks(batch, sample, profile)):
         tokens = block.stop - block.start
         level = mask_level(noise, batch, sample, draw // masks_per_level, num_draws // masks_per_level, update, levels, number)
         size[block], count[block] = tokens, count_of(level, tokens, low)
-        masked[block] = noise.subset(tokens, int(count[block.start]), **key, step=number)
+        masked[block] = noise.subset(tokens, int(count[block.start]), **key, block=number)
     return Masks(masked, count, size)

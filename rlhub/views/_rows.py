@@ -15,13 +15,13 @@ from rlhub.types import Attention, Batch, Layout, Views
 
 
 @dataclass(frozen=True)
-class Row:
+class NoisyRow:
     """One noisy row of a sample, in terms of its completion.
 
     Args:
-        masked: bool [span], positions that the model does not see.
-        scored: bool [span], positions whose true token is scored; None scores the masked ones.
-        weight: weight of each score, one number or float [span].
+        masked: bool [scored_length], positions that the model does not see.
+        scored: bool [scored_length], positions whose true token is scored; None scores the masked ones.
+        weight: weight of each score, one number or float [scored_length].
         prompt_masked: bool [Lp], prompt positions hidden as well.
         step: denoising step that the row replays.
         clean_before: every block of a block-causal model sees the blocks before it clean. Without it they are seen as `masked` says,
@@ -38,7 +38,7 @@ class Row:
     clean_before: bool = False
 
 
-def build_views(batch: Batch, rows: Iterable[Row], num_draws: int, profile: Profile) -> Views:
+def build_views(batch: Batch, rows: Iterable[NoisyRow], num_draws: int, profile: Profile) -> Views:
     """Pack noisy rows; the rows of a sample must be contiguous and in sample order.
 
     On a block-causal model rows end with the last block that is scored, and a row with `clean_before` is
@@ -53,8 +53,8 @@ def build_views(batch: Batch, rows: Iterable[Row], num_draws: int, profile: Prof
     tokens, grids, starts = [], [], []
     score_row, score_position, score_target, score_weight = [], [], [], []
     for number, row in enumerate(rows):
-        prompt, span = batch.prompts[row.sample], int(batch.span[row.sample])
-        completion = batch.completions[row.sample][:span]
+        prompt, scored_length = batch.prompts[row.sample], int(batch.scored_length[row.sample])
+        completion = batch.completions[row.sample][:scored_length]
         if row.prompt_masked is not None:
             prompt = np.where(row.prompt_masked, profile.mask_id, prompt)
         noisy = np.concatenate([prompt, np.where(row.masked, profile.mask_id, completion)])
@@ -65,7 +65,7 @@ def build_views(batch: Batch, rows: Iterable[Row], num_draws: int, profile: Prof
             noisy, start, *grid = _on_blocks(np.concatenate([prompt, completion]), noisy, start, last, block_length, row.clean_before)
             grids.append(grid)
         elif batch.segments is not None:
-            grids.append(_in_segments(batch.segments[row.sample][:span]))
+            grids.append(_in_segments(batch.segments[row.sample][:scored_length]))
         tokens.append(noisy)
         starts.append(start)
         score_row.append(np.full(len(positions), number))
@@ -87,7 +87,7 @@ def build_views(batch: Batch, rows: Iterable[Row], num_draws: int, profile: Prof
         num_samples=len(batch),
         num_draws=num_draws,
         canvas_length=max(len(completion) for completion in batch.completions),
-        length=torch.from_numpy(np.asarray(batch.span, dtype=np.int64)),
+        scored_length=torch.from_numpy(np.asarray(batch.scored_length, dtype=np.int64)),
         step=None if any(step is None for step in steps) else torch.tensor(steps),
     )
 
@@ -112,7 +112,7 @@ def _in_segments(segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return index - np.maximum.accumulate(np.where(begins, index, 0)), segments
 
 
-def _layout(rows: list[Row], lengths: list[int], grids: list[Any], block_length: int | None) -> Layout:
+def _layout(rows: list[NoisyRow], lengths: list[int], grids: list[Any], block_length: int | None) -> Layout:
     """Of packed rows; `grids` holds their position and segment ids where these do not simply count up."""
     layout = pack_layout(lengths)
     if not grids:

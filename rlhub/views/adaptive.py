@@ -20,10 +20,10 @@ import itertools
 from dataclasses import dataclass, field
 
 from rlhub.networks.profile import Profile
-from rlhub.noise import Stream
+from rlhub.noise import Quantity, Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Config:
 def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """One row per draw."""
     rows = []
-    for sample, span in enumerate(batch.span.tolist()):
+    for sample, scored_length in enumerate(batch.scored_length.tolist()):
         for draw, (low, high) in enumerate(config.cells):
             key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "draw": draw}
-            level = low + (high - low) * float(noise.uniform(1, **key, position=1)[0])
-            count = 1 + min(int(level * span), span - 1)
-            masked = noise.subset(span, count, **key)
-            rows.append(Row(sample, draw, masked, weight=config.draws * (high - low) * span / count))
+            level = low + (high - low) * float(noise.uniform(1, **key, quantity=Quantity.LEVEL)[0])
+            count = 1 + min(int(level * scored_length), scored_length - 1)
+            masked = noise.subset(scored_length, count, **key)
+            rows.append(NoisyRow(sample, draw, masked, weight=config.draws * (high - low) * scored_length / count))
     return build_views(batch, rows, config.draws, profile)
 
 

@@ -16,7 +16,7 @@ from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import model_blocks
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 EXACT_ON_BLOCKS = True
 LOG_LIKELIHOOD = "value"
@@ -41,19 +41,19 @@ def rows_per_sample(config: Config, steps: int) -> int:
     return 2 ** min(steps, config.max_tokens) - 1
 
 
-def _rows(batch: Batch, sample: int, max_tokens: int, profile: Profile) -> Iterator[Row]:
-    blocks, span = model_blocks(batch, sample, profile), int(batch.span[sample])
+def _rows(batch: Batch, sample: int, max_tokens: int, profile: Profile) -> Iterator[NoisyRow]:
+    blocks, scored_length = model_blocks(batch, sample, profile), int(batch.scored_length[sample])
     longest = max(block.stop - block.start for block in blocks)
     if longest > max_tokens:
         raise ValueError(
             f"all_masks takes all 2^L masks and stops at {max_tokens} tokens, the completion has {longest}; use the views elbo"
         )
     for number in range(1, 2**longest):
-        masked, weight = np.zeros(span, dtype=bool), np.ones(span)
+        masked, weight = np.zeros(scored_length, dtype=bool), np.ones(scored_length)
         for block in blocks:
             tokens = block.stop - block.start
             if number < 2**tokens:
                 masked[block] = number >> np.arange(tokens)[::-1] & 1
                 size = int(masked[block].sum())
                 weight[block] = 1 / (size * math.comb(tokens, size))
-        yield Row(sample, 0, masked, weight, clean_before=True)
+        yield NoisyRow(sample, 0, masked, weight, clean_before=True)

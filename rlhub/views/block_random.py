@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhub.networks.profile import Profile
-from rlhub.noise import Stream
+from rlhub.noise import Quantity, Stream
 from rlhub.types import Batch, Credit, Views
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 
 @dataclass(frozen=True)
@@ -35,26 +35,26 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
     if config.score not in ("all", "block"):
         raise ValueError(f"score must be all or block, got {config.score!r}")
     rows = []
-    for sample, span in enumerate(batch.span.tolist()):
-        size = config.block_length or batch.block_length or span
-        num_blocks = -(-span // size)
+    for sample, scored_length in enumerate(batch.scored_length.tolist()):
+        size = config.block_length or batch.block_length or scored_length
+        num_blocks = -(-scored_length // size)
         key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update}
-        order = np.argsort(noise.uniform(num_blocks, **key, position=2), kind="stable")
+        order = np.argsort(noise.uniform(num_blocks, **key, quantity=Quantity.ORDER), kind="stable")
         for draw in range(config.draws):
             start = int(order[draw % num_blocks]) * size
-            length = min(size, span - start)
-            count = 1 + noise.integer(length, **key, draw=draw, position=1)
-            block = np.zeros(span, dtype=bool)
+            length = min(size, scored_length - start)
+            count = 1 + noise.integer(length, **key, draw=draw, quantity=Quantity.LEVEL)
+            block = np.zeros(scored_length, dtype=bool)
             block[start : start + length] = noise.subset(length, count, **key, draw=draw)
-            hidden = noise.uniform(len(batch.prompts[sample]) + start, **key, draw=draw, position=3) < config.prompt_mask
+            hidden = noise.uniform(len(batch.prompts[sample]) + start, **key, draw=draw, quantity=Quantity.CONTEXT) < config.prompt_mask
             prompt_hidden, context_hidden = np.split(hidden, [len(batch.prompts[sample])])
             masked = block.copy()
             masked[:start] = context_hidden
             masked[start + length :] = True
             if config.score == "block":
-                rows.append(Row(sample, draw, masked, num_blocks * length / count, scored=block, prompt_masked=prompt_hidden))
+                rows.append(NoisyRow(sample, draw, masked, num_blocks * length / count, scored=block, prompt_masked=prompt_hidden))
             else:
-                rows.append(Row(sample, draw, masked, span / int(masked.sum()), prompt_masked=prompt_hidden))
+                rows.append(NoisyRow(sample, draw, masked, scored_length / int(masked.sum()), prompt_masked=prompt_hidden))
     return build_views(batch, rows, config.draws, profile)
 
 

@@ -15,7 +15,7 @@ from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws, model_blocks
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 ORDERS = ("forward", "backward", "random")
 EXACT_ON_BLOCKS = True
@@ -38,10 +38,10 @@ class Config:
 def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """One row per scored token and draw."""
     rows = []
-    for sample, span in enumerate(batch.span.tolist()):
+    for sample, scored_length in enumerate(batch.scored_length.tolist()):
         for draw in range(config.draws):
             rank = _rank(config.order, batch, sample, profile, noise, update=update, draw=draw)
-            rows += [Row(sample, draw, rank >= step, scored=rank == step, step=step) for step in range(span)]
+            rows += [NoisyRow(sample, draw, rank >= step, scored=rank == step, step=step) for step in range(scored_length)]
     return build_views(batch, rows, config.draws, profile)
 
 
@@ -50,8 +50,8 @@ def rows_per_sample(config: Config, steps: int) -> int:
 
 
 def _rank(order: str, batch: Batch, sample: int, profile: Profile, noise: Stream, **key: int) -> np.ndarray:
-    """int64 [span], when each token is revealed."""
-    rank = np.arange(int(batch.span[sample]))
+    """int64 [scored_length], when each token is revealed."""
+    rank = np.arange(int(batch.scored_length[sample]))
     if order == "forward":
         return rank
     chance = noise.uniform(len(rank), uid=int(batch.uid[sample]), epoch=batch.epoch, **key)

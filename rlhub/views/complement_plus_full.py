@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhub.networks.profile import Profile
-from rlhub.noise import Stream
+from rlhub.noise import Quantity, Stream
 from rlhub.types import Batch, Credit, Views
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Config:
 def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """Three rows per draw; an empty half is left out."""
     rows = []
-    for sample, span in enumerate(batch.span.tolist()):
+    for sample, scored_length in enumerate(batch.scored_length.tolist()):
         for draw in range(config.draws):
             key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "draw": draw}
-            ratio = config.low + (config.high - config.low) * float(noise.uniform(1, **key, position=1)[0])
-            masked = noise.uniform(span, **key) < ratio
-            rows.append(Row(sample, draw, np.ones(span, dtype=bool), weight=0.5))
+            ratio = config.low + (config.high - config.low) * float(noise.uniform(1, **key, quantity=Quantity.LEVEL)[0])
+            masked = noise.uniform(scored_length, **key) < ratio
+            rows.append(NoisyRow(sample, draw, np.ones(scored_length, dtype=bool), weight=0.5))
             for half, share in ((masked, ratio), (~masked, 1 - ratio)):
                 if half.any():
-                    rows.append(Row(sample, draw, half, weight=0.5 / share))
+                    rows.append(NoisyRow(sample, draw, half, weight=0.5 / share))
     return build_views(batch, rows, config.draws, profile)
 
 

@@ -14,7 +14,7 @@ from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import draw_masks
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 EXACT_ON_BLOCKS = True
 LOG_LIKELIHOOD = "draws"
@@ -35,7 +35,7 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
             for half, count in ((drawn.masked, drawn.count), (~drawn.masked, drawn.size - drawn.count)):
                 if half.any():
                     weight = 0.5 * (drawn.size + 1) / np.maximum(count, 1)  # a block of which the half has nothing is not scored
-                    rows.append(Row(sample, draw, half, weight, clean_before=True))
+                    rows.append(NoisyRow(sample, draw, half, weight, clean_before=True))
     return build_views(batch, rows, config.draws, profile)
 
 

@@ -11,7 +11,7 @@ from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws, draw_masks
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 EXACT_ON_BLOCKS = True
 LOG_LIKELIHOOD = "draws"
@@ -33,7 +33,7 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
     for sample in range(len(batch)):
         for draw in range(config.draws):
             drawn = draw_masks(noise, batch, sample, draw, config.draws, update, profile, config.levels, 1, config.masks_per_level)
-            rows.append(Row(sample, draw, drawn.masked, weight=drawn.size / drawn.count, clean_before=True))
+            rows.append(NoisyRow(sample, draw, drawn.masked, weight=drawn.size / drawn.count, clean_before=True))
     return build_views(batch, rows, config.draws, profile)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Config:
 def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """One row per draw, every completion token scored with weight 1."""
     rows = []
-    for sample, span in enumerate(batch.span.tolist()):
+    for sample, scored_length in enumerate(batch.scored_length.tolist()):
         for draw in range(config.draws):
             hidden = noise.uniform(len(batch.prompts[sample]), uid=int(batch.uid[sample]), epoch=batch.epoch, update=update, draw=draw)
-            rows.append(Row(sample, draw, np.ones(span, dtype=bool), prompt_masked=hidden < config.prompt_mask))
+            rows.append(NoisyRow(sample, draw, np.ones(scored_length, dtype=bool), prompt_masked=hidden < config.prompt_mask))
     return build_views(batch, rows, config.draws, profile)
 
 

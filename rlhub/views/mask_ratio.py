@@ -14,10 +14,10 @@ import numpy as np
 
 from rlhub.curves import MASK_RATIO, check_curve
 from rlhub.networks.profile import Profile
-from rlhub.noise import Stream
+from rlhub.noise import Quantity, Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 LOG_SLOPE = {
     "linear": lambda time: 1 / time,
@@ -48,17 +48,17 @@ class Config:
 def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """One row per draw; a draw that masks nothing contributes 0 and is left out."""
     rows = []
-    for sample, span in enumerate(batch.span.tolist()):
+    for sample, scored_length in enumerate(batch.scored_length.tolist()):
         prompt = len(batch.prompts[sample])
         for draw in range(config.draws):
             key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "draw": draw}
-            level, drop = noise.uniform(2, **key, position=1)
+            level, drop = noise.uniform(2, **key, quantity=Quantity.LEVEL)
             time = config.t_min + (1 - config.t_min) * level
-            masked = noise.uniform(span, **key) < MASK_RATIO[config.curve](time)
+            masked = noise.uniform(scored_length, **key) < MASK_RATIO[config.curve](time)
             if masked.any():
                 weight = LOG_SLOPE[config.curve](time) if config.weight == "elbo" else 1.0
                 hidden = np.ones(prompt, dtype=bool) if drop < config.drop_prompt else None
-                rows.append(Row(sample, draw, masked, weight, prompt_masked=hidden))
+                rows.append(NoisyRow(sample, draw, masked, weight, prompt_masked=hidden))
     return build_views(batch, rows, config.draws, profile)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 EXACT_ON_BLOCKS = True
 
@@ -26,9 +26,9 @@ class Config:
 def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """One row per scored token; all of a sample's rows are its draw 0."""
     rows = []
-    for sample, span in enumerate(batch.span.tolist()):
-        position = np.arange(span)
-        rows += [Row(sample, 0, position >= token, scored=position == token, step=token) for token in range(span)]
+    for sample, scored_length in enumerate(batch.scored_length.tolist()):
+        position = np.arange(scored_length)
+        rows += [NoisyRow(sample, 0, position >= token, scored=position == token, step=token) for token in range(scored_length)]
     return build_views(batch, rows, 1, profile)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
     nodes, weights = np.polynomial.legendre.leggauss(config.points)
     levels, weights = (nodes + 1) / 2, weights / 2
     rows = []
-    for sample, span in enumerate(batch.span.tolist()):
+    for sample, scored_length in enumerate(batch.scored_length.tolist()):
         for draw in range(config.draws):
             for point, (level, weight) in enumerate(zip(levels, weights, strict=True)):
-                key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "draw": draw, "step": point}
-                masked = noise.uniform(span, **key) < level
+                key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "draw": draw * config.points + point}
+                masked = noise.uniform(scored_length, **key) < level
                 if masked.any():
-                    rows.append(Row(sample, draw, masked, weight=weight / level))
+                    rows.append(NoisyRow(sample, draw, masked, weight=weight / level))
     return build_views(batch, rows, config.draws, profile)
 
 

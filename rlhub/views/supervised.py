@@ -24,7 +24,7 @@ from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws, count_of, mask_level, model_blocks
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 NEGLIGIBLE = 1e-12  # a geometric weight below this share of the first one is left out
 EXACT_ON_BLOCKS = True
@@ -58,7 +58,7 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
     for sample in range(len(batch)):
         for draw in range(config.draws):
             masked, weight = _draw(batch, config, noise, sample, draw, update, profile)
-            rows.append(Row(sample, draw, masked, weight, clean_before=True))
+            rows.append(NoisyRow(sample, draw, masked, weight, clean_before=True))
     return build_views(batch, rows, config.draws, profile)
 
 
@@ -81,9 +81,9 @@ def context_weights(visible: np.ndarray, geometric: float) -> np.ndarray:
 def _draw(
     batch: Batch, config: Config, noise: Stream, sample: int, draw: int, update: int, profile: Profile
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Masks bool [span] and weights float64 [span] of one row."""
-    span, prompt = int(batch.span[sample]), len(batch.prompts[sample])
-    masked, weight = np.zeros(span, dtype=bool), np.ones(span)
+    """Masks bool [scored_length] and weights float64 [scored_length] of one row."""
+    scored_length, prompt = int(batch.scored_length[sample]), len(batch.prompts[sample])
+    masked, weight = np.zeros(scored_length, dtype=bool), np.ones(scored_length)
     key = {"uid": int(batch.uid[sample]), "epoch": batch.epoch, "update": update, "draw": draw}
     for number, block in enumerate(model_blocks(batch, sample, profile)):
         tokens = block.stop - block.start
@@ -92,11 +92,11 @@ def _draw(
         )
         if config.masks == "count":
             count = count_of(level, tokens)
-            masked[block] = noise.subset(tokens, count, **key, step=number)
+            masked[block] = noise.subset(tokens, count, **key, block=number)
             inverse = tokens / count
         else:
             probability = (1 - config.epsilon) * level + config.epsilon
-            masked[block] = noise.uniform(tokens, **key, step=number) < probability
+            masked[block] = noise.uniform(tokens, **key, block=number) < probability
             inverse = 1 / probability
         if config.loss_weight == "inverse_t":
             weight[block] = inverse

@@ -12,7 +12,7 @@ from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import Batch, Credit, Views
 from rlhub.views import check_draws, mask_level
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 FORM = "time_form"
 
@@ -31,13 +31,13 @@ class Config:
 def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: int, profile: Profile) -> Views:
     """One row per draw; a draw that masks nothing contributes 0 and is left out."""
     rows, num_levels = [], config.draws // config.masks_per_level
-    for sample, span in enumerate(batch.span.tolist()):
+    for sample, scored_length in enumerate(batch.scored_length.tolist()):
         for draw in range(config.draws):
             level = mask_level(noise, batch, sample, draw // config.masks_per_level, num_levels, update, config.levels)
             probability = (1 - config.epsilon) * level + config.epsilon
-            masked = noise.uniform(span, uid=int(batch.uid[sample]), epoch=batch.epoch, update=update, draw=draw) < probability
+            masked = noise.uniform(scored_length, uid=int(batch.uid[sample]), epoch=batch.epoch, update=update, draw=draw) < probability
             if masked.any():
-                rows.append(Row(sample, draw, masked, weight=1 / probability))
+                rows.append(NoisyRow(sample, draw, masked, weight=1 / probability))
     return build_views(batch, rows, config.draws, profile)
 
 

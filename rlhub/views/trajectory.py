@@ -15,7 +15,7 @@ import numpy as np
 from rlhub.networks.profile import Profile
 from rlhub.noise import Stream
 from rlhub.types import NEVER, Batch, Credit, Views
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 EXACT_ON_BLOCKS = True
 REPLAYS = True
@@ -39,8 +39,8 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
     if config.top and credit.advantages.dim() != 2:
         raise ValueError("top chooses slices by step advantages [B, S]; use an advantage that makes them, such as step_difference")
     rows = []
-    for sample, span in enumerate(batch.span.tolist()):
-        steps = batch.unmask_step[sample][:span].astype(np.int64)
+    for sample, scored_length in enumerate(batch.scored_length.tolist()):
+        steps = batch.unmask_step[sample][:scored_length].astype(np.int64)
         starts = slice_starts(steps, config)
         used = np.unique(starts[steps != NEVER])
         if config.top:
@@ -48,12 +48,12 @@ def make(batch: Batch, credit: Credit, config: Config, noise: Stream, update: in
             used = np.sort(used[np.argsort(-size, kind="stable")[: config.top]])
         for first in used.tolist():
             masked = (steps == NEVER) | (steps >= first)
-            rows.append(Row(sample, 0, masked, scored=(steps != NEVER) & (starts == first), step=first))
+            rows.append(NoisyRow(sample, 0, masked, scored=(steps != NEVER) & (starts == first), step=first))
     return build_views(batch, rows, 1, profile)
 
 
 def slice_starts(steps: np.ndarray, config: Config) -> np.ndarray:
-    """int64 [span], first step of the slice that each position was committed in; meaningless where it was never filled."""
+    """int64 [scored_length], first step of the slice that each position was committed in; meaningless where it was never filled."""
     if not config.segments:
         return steps // config.shrink * config.shrink
     total = int(steps.max(initial=0)) + 1

@@ -83,7 +83,7 @@ def graded_batch(learner: Learner) -> Batch:
         prompt, completion = rng.integers(2, 12, 3).astype(np.int32), rng.integers(2, 12, 6).astype(np.int32)
         rollout = Rollout(number, number // 4, prompt, completion, 6, steps, none, none, version, num_forwards=6)
         rollouts.append(rollout.graded(RewardResult(float(rng.integers(0, 3)))))
-    return make_batch(rollouts, span="canvas")
+    return make_batch(rollouts, scored_length="canvas")
 
 
 def make_learner(folder: Path, case: Case, backend: str, tokens: int, rank: int = 0, num_learners: int = 1) -> Learner:

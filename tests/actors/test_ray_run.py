@@ -338,7 +338,7 @@ def batch_of(size: int) -> Batch:
     rollouts = [
         fake_rollout(request, rng.integers(0, 10, 4)).graded(RewardResult(float(rng.integers(0, 3)))) for request in issued.requests
     ]
-    return make_batch(rollouts, span="canvas", block_length=4)
+    return make_batch(rollouts, scored_length="canvas", block_length=4)
 
 
 def fake_rollout(request: object, completion: np.ndarray) -> object:

@@ -25,10 +25,10 @@ from rlhub.noise import Noise
 from rlhub.objectives import clipped_surrogate, sequence_clip
 from rlhub.oracle import elbo_exact
 from rlhub.types import NEVER, Batch, Credit, LogLikelihood, Scores
-from rlhub.views import block_random, complement_plus_full, coupled, full_mask, mask_count, prefix, quadrature, time_form
+from rlhub.views import block_random, complement_plus_full, count_of, coupled, full_mask, mask_level, prefix, quadrature, time_form
 from rlhub.views import elbo as l_form
 from rlhub.views import trajectory as replay
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 VOCAB, LENGTH = 3, 4
 NOISE = Noise(run_seed=3)
@@ -86,15 +86,15 @@ class Joint(Table):
         return self.joint.view((self.vocab,) * self.length)[tuple(completion)].log().item()
 
 
-def make_batch(completions, *, span=None, unmask_step=None, block_length: int = 0) -> Batch:
+def make_batch(completions, *, scored_length=None, unmask_step=None, block_length: int = 0) -> Batch:
     size = len(completions)
     return Batch(
         uid=np.arange(size, dtype=np.uint64),
         group=np.zeros(size, dtype=np.int64),
         prompts=[np.zeros(1, dtype=np.int32)] * size,
         completions=[np.asarray(completion, dtype=np.int32) for completion in completions],
-        length=np.full(size, len(completions[0])) if span is None else np.asarray(span),
-        span=np.full(size, len(completions[0])) if span is None else np.asarray(span),
+        response_length=np.full(size, len(completions[0])) if scored_length is None else np.asarray(scored_length),
+        scored_length=np.full(size, len(completions[0])) if scored_length is None else np.asarray(scored_length),
         rewards=np.ones((1, size)),
         member=np.arange(size),
         unmask_step=unmask_step,
@@ -131,7 +131,7 @@ def every_mask(completion, vocab: int = VOCAB):
     length = len(completion)
     masks = list(subsets(length))
     weights = [len(masks) / (math.comb(length, int(mask.sum())) * int(mask.sum())) for mask in masks]
-    rows = [Row(0, draw, mask, weight) for draw, (mask, weight) in enumerate(zip(masks, weights, strict=True))]
+    rows = [NoisyRow(0, draw, mask, weight) for draw, (mask, weight) in enumerate(zip(masks, weights, strict=True))]
     return build_views(make_batch([completion]), rows, len(masks), profile_of(vocab))
 
 
@@ -303,7 +303,9 @@ def test_mask_counts_are_uniform(levels, length, low, num_draws):
     """Chi-square of each single draw; rounding half to even would miss half of the counts of draw 1 at odd L + 1."""
     size = 3000
     batch, stream = make_batch([[0] * length] * size), NOISE.stream("views")
-    counts = np.array([[mask_count(stream, batch, s, d, num_draws, 0, levels, low) for s in range(size)] for d in range(num_draws)])
+    counts = np.array(
+        [[count_of(mask_level(stream, batch, s, d, num_draws, 0, levels), length, low) for s in range(size)] for d in range(num_draws)]
+    )
     choices = length - low + 1
     assert counts.min() >= low and counts.max() <= length
     for row in counts:
@@ -316,7 +318,7 @@ def test_mask_counts_are_uniform(levels, length, low, num_draws):
 def test_stratified_draws_of_a_sample_fill_the_strata():
     batch, stream = make_batch([[0] * 8] * 20), NOISE.stream("views")
     for sample in range(20):
-        assert sorted(mask_count(stream, batch, sample, draw, 8, 0, "stratified", low=1) for draw in range(8)) == list(range(1, 9))
+        assert sorted(count_of(mask_level(stream, batch, sample, draw, 8, 0, "stratified"), 8) for draw in range(8)) == list(range(1, 9))
 
 
 def test_coupled_halves_partition_the_positions():
@@ -333,9 +335,9 @@ def test_coupled_halves_partition_the_positions():
 
 @pytest.mark.parametrize("case", UNBIASED)
 def test_prompt_and_padding_stay_out(case):
-    """Prompts are visible, tokens past the span are neither shown nor scored."""
+    """Prompts are visible, tokens past the scored length are neither shown nor scored."""
     module, config = UNBIASED[case]
-    first, second = (make_batch([[2, 0, 1, last]] * 20, span=[3] * 20) for last in (0, 2))
+    first, second = (make_batch([[2, 0, 1, last]] * 20, scored_length=[3] * 20) for last in (0, 2))
     views, same = (module.make(batch, None, config, NOISE.stream("views"), 0, PROFILE) for batch in (first, second))
     assert torch.equal(views.tokens, same.tokens) and torch.equal(views.score_position, same.score_position)
     assert (views.layout.lengths == 4).all() and (views.tokens.view(-1, 4)[:, 0] == 0).all()
@@ -385,7 +387,7 @@ def test_trajectory_views_replay_the_rollout():
     states = {2: everywhere, 0: everywhere & (np.arange(4) != 2), 3: np.array([False, True, False, True])}
     expected = [of(states[position])[position].item() if position in states else 0.0 for position in range(LENGTH)]
     assert estimate.value[0].tolist() == [pytest.approx(value) for value in expected]
-    assert estimate.mask[0].tolist() == [True, False, True, True] and estimate.kind == "exact" and estimate.length.tolist() == [3]
+    assert estimate.mask[0].tolist() == [True, False, True, True] and estimate.kind == "exact" and estimate.scored_length.tolist() == [3]
     filled = make_batch([[2, 0, 1, 1]], unmask_step=[steps])  # as when a stopped row is filled with EOS
     same = replay.make(filled, credit_of([1.0]), replay.Config(), NOISE.stream("views"), 0, PROFILE)
     assert torch.equal(same.tokens, views.tokens) and torch.equal(same.score_position, views.score_position)
@@ -444,7 +446,7 @@ def test_full_mask_and_complement_average_two_contexts():
 def test_tokens_that_no_draw_masked_are_left_to_the_option():
     batch = make_batch([COMPLETION])
     masks = [np.arange(LENGTH) < 2, np.arange(LENGTH) < 1]
-    views = build_views(batch, [Row(0, 0, masks[0], 2.0), Row(0, 1, masks[1], 4.0)], 2, PROFILE)
+    views = build_views(batch, [NoisyRow(0, 0, masks[0], 2.0), NoisyRow(0, 1, masks[1], 4.0)], 2, PROFILE)
     log_prob = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64)
     covered = math.log((2 * math.exp(-1.5) + 4 * math.exp(-0.75)) / 2) / 1.5 + math.log(2 * math.exp(-3.0) / 2) / 1.5
     assert eubo.estimate(log_prob, views, None, eubo.Config(beta=1.5)).value.item() == pytest.approx(covered)
@@ -606,7 +608,7 @@ def test_ratio_is_biased_by_half_the_variance():
         other.logits += 0.1 * Table(seed=9).logits
     masks = list(subsets(LENGTH))
     chance = torch.tensor([1 / (LENGTH * math.comb(LENGTH, int(mask.sum()))) for mask in masks], dtype=torch.float64)
-    rows = [Row(0, draw, mask, LENGTH / int(mask.sum())) for draw, mask in enumerate(masks)]
+    rows = [NoisyRow(0, draw, mask, LENGTH / int(mask.sum())) for draw, mask in enumerate(masks)]
     views = build_views(make_batch([COMPLETION]), rows, len(masks), PROFILE)
     draws = [elbo.estimate(score(table, views).detach(), views, None, elbo.Config()).draws[0] for table in (other, model)]
     delta = (draws[0] - draws[1]) / LENGTH

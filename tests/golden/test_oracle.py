@@ -431,16 +431,16 @@ def table_scores(theta: torch.Tensor, views, batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kl", [KLConfig("k2", 0.01, "none"), KLConfig("k2", 0.3, "length"), KLConfig()], ids=["k2", "k2/length", "none"])
-@pytest.mark.parametrize("span", ["canvas", "response"])
-def test_algorithm_equals_the_explicit_formulas(span, kl):
+@pytest.mark.parametrize("scored_length", ["canvas", "response"])
+def test_algorithm_equals_the_explicit_formulas(scored_length, kl):
     """Loss and gradient in float64 on a table model, with clipping on both sides and a reference."""
-    config = espo(kl=kl, length=span)
+    config = espo(kl=kl, length=scored_length)
     algorithm = Algorithm.compose(config)
     draw = torch.Generator().manual_seed(3)
     theta, old, far = (0.5 * torch.randn(LENGTH, LENGTH + 1, generator=draw, dtype=torch.float64) for _ in range(3))
     theta = (0.3 * old + 0.7 * theta).requires_grad_()
     update = 3
-    batch = make_batch(graded(), span=span)
+    batch = make_batch(graded(), scored_length=scored_length)
     credit = algorithm.credit(batch)
     views = algorithm.make_views(batch, credit, NOISE, update, PROFILE)
     log_probs = LogProbs(table_scores(theta, views, batch), table_scores(old, views, batch), table_scores(far, views, batch))
@@ -451,7 +451,7 @@ def test_algorithm_equals_the_explicit_formulas(span, kl):
 
     valid = [rollout for rollout in graded() if rollout.reward.valid]
     advantages = oracle.group_mean([rollout.reward.value for rollout in valid], [rollout.group_uid for rollout in valid])
-    lengths = [LENGTH if span == "canvas" else rollout.length for rollout in valid]
+    lengths = [LENGTH if scored_length == "canvas" else rollout.length for rollout in valid]
     elbos = [
         [
             oracle.elbo_coupled(
@@ -469,7 +469,7 @@ def test_algorithm_equals_the_explicit_formulas(span, kl):
     assert relative(two_pass, expected_gradient) < 1e-6
     assert metrics["clip/low"] > 0 and metrics["clip/high"] > 0, "the case must clip on both sides"
     assert 0.0 in advantages and min(advantages) < 0, "the case must hold a lonely sample and a bad one"
-    assert span == "canvas" or len(set(lengths)) > 1
+    assert scored_length == "canvas" or len(set(lengths)) > 1
 
 
 def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
@@ -486,7 +486,7 @@ def test_update_equals_oracle_step():
     old, reference = network(), network(7)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01) for model in (policy, twin)]
     for update in range(2):
-        batch = make_batch(graded(), span="canvas")
+        batch = make_batch(graded(), scored_length="canvas")
         credit = algorithm.credit(batch)
         views = algorithm.make_views(batch, credit, NOISE, update, PROFILE)
         proximal = token_log_probs(old, views, 200) if update else None
@@ -514,7 +514,7 @@ def test_update_equals_oracle_step():
 def test_ratio_is_exactly_one_for_the_behavior_policy():
     """Both when the proximal is the detached policy and when it is evaluated again, without gradient."""
     algorithm = Algorithm.compose(espo())
-    batch = make_batch(graded(), span="canvas")
+    batch = make_batch(graded(), scored_length="canvas")
     credit = algorithm.credit(batch)
     views = algorithm.make_views(batch, credit, NOISE, 1, PROFILE)
     policy = torch.cat([micro_batch_log_probs(network(), views, run) for run in micro_batches(views, 100)])
@@ -541,7 +541,7 @@ def test_number_of_forwards():
         assert stub.rows == 6 * 4 == sum(rollout.num_forwards for rollout in rollouts)
         assert stub.positions == 6 * positions, "logits only where the active block is masked, or only for what is committed"
     algorithm = Algorithm.compose(espo(views={"name": "coupled", "draws": 5}))
-    batch = make_batch([rollout.graded(RewardResult(1.0)) for rollout in rollouts], span="canvas")
+    batch = make_batch([rollout.graded(RewardResult(1.0)) for rollout in rollouts], scored_length="canvas")
     views = algorithm.make_views(batch, algorithm.credit(batch), NOISE, 0, PROFILE)
     masks = [mask for rollout in rollouts for mask in oracle.coupled_masks(8, 5, NOISE, rollout.uid, 0)]
     empty = sum(bool(mask.all() or not mask.any()) for mask in masks)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rlhub
-from rlhub import inference
+from rlhub.algorithm.batching import sequence_batch
 from rlhub.algorithm.scoring import token_log_probs
 from rlhub.errors import UserError
 from rlhub.inference import Model
@@ -142,7 +142,7 @@ def test_chain_rule_in_a_given_order(model, law, order, permutation):
 
 def test_chain_views_with_the_exact_likelihood(model, law):
     """As an algorithm composes them."""
-    batch = inference._one_sample(np.array(PROMPT, np.int32), np.array(ANSWER, np.int32))
+    batch = sequence_batch([PROMPT], [ANSWER], [0])
     credit = Credit(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool))
     views = chain_views.make(batch, credit, chain_views.Config(order="backward"), Noise(0).stream("views"), 0, model.network.profile)
     log_prob = token_log_probs(model.network, views, 10**6)

@@ -51,14 +51,14 @@ def law(length: int, seed: int = 0) -> Exact:
 
 
 def one_batch(length: int, samples: int) -> Batch:
-    span = np.full(samples, length)
+    lengths = np.full(samples, length)
     return Batch(
         uid=np.arange(samples, dtype=np.uint64),
         group=np.arange(samples),
         prompts=[np.zeros(1, dtype=np.int32)] * samples,
         completions=[np.zeros(length, dtype=np.int32)] * samples,
-        length=span,
-        span=span,
+        response_length=lengths,
+        scored_length=lengths,
         rewards=np.ones((samples, 1)),
         member=np.zeros(samples, dtype=np.int64),
     )

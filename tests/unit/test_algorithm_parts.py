@@ -24,8 +24,8 @@ def make_batch(rewards) -> Batch:
         group=np.repeat(np.arange(prompts), members),
         prompts=[],
         completions=[],
-        length=np.full(size, 2),
-        span=np.full(size, 2),
+        response_length=np.full(size, 2),
+        scored_length=np.full(size, 2),
         rewards=rewards,
         member=np.tile(np.arange(members), prompts),
     )
@@ -128,7 +128,7 @@ def test_linear_bound_has_no_gradient_of_an_overflow():
 def test_self_normalized_shares_are_clipped_and_sum_to_one():
     policy, proximal = sequence([[2 * math.log(20.0)], [0.0], [2 * math.log(0.5)], [8.0]], [2] * 4), sequence([[0.0]] * 4, [2] * 4)
     value = policy.value.clone().requires_grad_()
-    scores = Scores(LogLikelihood(value, "lower", "sequence", policy.length), proximal=proximal)
+    scores = Scores(LogLikelihood(value, "lower", "sequence", policy.scored_length), proximal=proximal)
     credit = credit_of([1.0, -1.0, 2.0, 1.0], valid=[True, True, True, False])
     loss, metrics = self_normalized.loss(scores, credit, self_normalized.Config(clip_high=5.0))
     loss.backward()

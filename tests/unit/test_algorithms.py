@@ -90,8 +90,8 @@ def make_batch(algorithm: Algorithm) -> Batch:
         group=np.repeat(np.arange(prompts), members),
         prompts=[generator.integers(0, 2, 1 + sample // members).astype(np.int32) for sample in range(size)],
         completions=[generator.integers(0, 2, LENGTH).astype(np.int32) for _ in range(size)],
-        length=length,
-        span=length if algorithm.config.length == "response" else np.full(size, LENGTH),
+        response_length=length,
+        scored_length=length if algorithm.config.length == "response" else np.full(size, LENGTH),
         rewards=rewards,
         member=np.tile(np.arange(members), prompts),
         unmask_step=unmask_step,
@@ -197,7 +197,7 @@ def test_cost_and_scores_are_as_declared(setting):
     assert (rows <= module.rows_per_sample(config, STEPS)).all()
     completions = np.stack(batch.completions)
     assert (views.score_target.numpy() == completions[views.score_sample.numpy(), views.score_token.numpy()]).all()
-    assert (views.score_token < torch.from_numpy(batch.span)[views.score_sample]).all()
+    assert (views.score_token < torch.from_numpy(batch.scored_length)[views.score_sample]).all()
     assert (views.tokens[views.target_rows] == MASK).all()
     torch.testing.assert_close(token_log_probs(model, views, 64).double(), log_probs(model, views).detach(), atol=1e-6, rtol=0)
 
@@ -212,8 +212,8 @@ def test_views_do_not_depend_on_the_batch_they_are_cut_from(setting):
         group=np.zeros(1, dtype=np.int64),
         prompts=batch.prompts[5:6],
         completions=batch.completions[5:6],
-        length=batch.length[5:6],
-        span=batch.span[5:6],
+        response_length=batch.response_length[5:6],
+        scored_length=batch.scored_length[5:6],
         rewards=np.ones((1, 1)),
         member=np.zeros(1, dtype=np.int64),
         block_length=2,

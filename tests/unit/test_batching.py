@@ -13,7 +13,7 @@ from rlhub.algorithm.batching import make_batch, micro_batches, shard_rows
 from rlhub.networks.layout import pack_layout, slice_layout
 from rlhub.networks.profile import Profile
 from rlhub.types import Batch, RewardResult, Rollout, Views
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 MASK = 9
 PROFILE = Profile(mask_id=MASK, eos_id=8, stop_ids=(8,), pad_id=8, lora_targets="")
@@ -36,8 +36,8 @@ def rollout(uid: int, group: int, value=1.0, status="ok", completion=(5, 6, 7, 8
     )
 
 
-def batch_of(*rollouts: Rollout, span: str = "canvas", **options) -> Batch:
-    return make_batch(rollouts, span=span, **options)
+def batch_of(*rollouts: Rollout, scored_length: str = "canvas", **options) -> Batch:
+    return make_batch(rollouts, scored_length=scored_length, **options)
 
 
 # --------------------------------------------------------------------------------------------------------------------- batch
@@ -55,10 +55,10 @@ def test_a_batch_is_in_uid_order():
 
 def test_span_is_the_canvas_or_the_response():
     rollouts = [rollout(0, 0, length=2), rollout(1, 0, length=4)]
-    assert batch_of(*rollouts).span.tolist() == [4, 4]
-    assert batch_of(*rollouts, span="response").span.tolist() == [2, 4]
+    assert batch_of(*rollouts).scored_length.tolist() == [4, 4]
+    assert batch_of(*rollouts, scored_length="response").scored_length.tolist() == [2, 4]
     with pytest.raises(ValueError, match="canvas or response"):
-        batch_of(*rollouts, span="prompt")
+        batch_of(*rollouts, scored_length="prompt")
 
 
 def test_groups_of_unequal_size_leave_nan():
@@ -116,7 +116,7 @@ def views_of(lengths: list[int], rows_per_sample: list[int], prompt: int = 2) ->
     """Views whose sample b has `rows_per_sample[b]` rows of `prompt + lengths[b]` tokens, every other position scored."""
     batch = batch_of(*(rollout(uid, 0, completion=range(10, 10 + size), length=size, prompt=prompt) for uid, size in enumerate(lengths)))
     rows = [
-        Row(sample, draw, (np.arange(lengths[sample]) + draw) % 2 == 0, weight=1.0 + draw)
+        NoisyRow(sample, draw, (np.arange(lengths[sample]) + draw) % 2 == 0, weight=1.0 + draw)
         for sample, count in enumerate(rows_per_sample)
         for draw in range(count)
     ]
@@ -127,8 +127,8 @@ def test_views_hide_what_they_score():
     batch = batch_of(rollout(0, 0, completion=(5, 6, 7), length=3, prompt=1), rollout(1, 0, completion=(8, 4), length=2, prompt=2))
     masked = [np.array([True, False, True]), np.array([False, True])]
     rows = [
-        Row(0, 0, masked[0], weight=1.5),
-        Row(1, 0, masked[1], weight=np.array([0.25, 0.5]), scored=np.array([True, True]), prompt_masked=np.array([True, False])),
+        NoisyRow(0, 0, masked[0], weight=1.5),
+        NoisyRow(1, 0, masked[1], weight=np.array([0.25, 0.5]), scored=np.array([True, True]), prompt_masked=np.array([True, False])),
     ]
     views = build_views(batch, rows, 1, PROFILE)
     assert views.tokens.tolist() == [0, MASK, 6, MASK, MASK, 1, 8, MASK]
@@ -138,7 +138,7 @@ def test_views_hide_what_they_score():
     assert views.score_target.tolist() == [5, 7, 8, 4]
     assert views.score_weight.tolist() == [1.5, 1.5, 0.25, 0.5]
     assert views.score_token.tolist() == [0, 2, 0, 1] and views.score_sample.tolist() == [0, 0, 1, 1]
-    assert views.step is None and views.length.tolist() == [3, 2] and views.canvas_length == 3
+    assert views.step is None and views.scored_length.tolist() == [3, 2] and views.canvas_length == 3
 
 
 def test_a_slice_of_a_layout_stands_alone():
@@ -176,7 +176,7 @@ def test_micro_batches_cover_every_row_and_score_once(data):
 def test_rows_without_scores_are_kept():
     batch = batch_of(rollout(0, 0), rollout(1, 0))
     nothing = np.zeros(4, dtype=bool)
-    views = build_views(batch, [Row(0, 0, ~nothing), Row(1, 0, ~nothing, scored=nothing)], 1, PROFILE)
+    views = build_views(batch, [NoisyRow(0, 0, ~nothing), NoisyRow(1, 0, ~nothing, scored=nothing)], 1, PROFILE)
     assert [(run.first_score, run.last_score) for run in micro_batches(views, 6)] == [(0, 4), (4, 4)]
 
 

@@ -17,11 +17,11 @@ from rlhub.likelihoods import sequence_draws
 from rlhub.models import sdar
 from rlhub.models.llada import Config, LLaDA
 from rlhub.networks.layout import pack_layout
-from rlhub.noise import Noise
+from rlhub.noise import Noise, Quantity
 from rlhub.planning.plan import make_plan
 from rlhub.types import NEVER, Batch, Credit
 from rlhub.views import all_masks, coupled, elbo, model_blocks, prefix, supervised, trajectory
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BLOCK = 4
@@ -47,8 +47,8 @@ def batch_of(prompt=PROMPT, answer=ANSWER, uid=0, **fields) -> Batch:
         group=zero,
         prompts=[np.array(prompt, dtype=np.int32)],
         completions=[np.array(answer, dtype=np.int32)],
-        length=np.array([len(answer)]),
-        span=np.array([len(answer)]),
+        response_length=np.array([len(answer)]),
+        scored_length=np.array([len(answer)]),
         rewards=np.ones((1, 1)),
         member=zero,
         **fields,
@@ -110,7 +110,7 @@ def test_one_pass_over_clean_and_noisy_equals_a_pass_per_block(network):
     generator = np.random.default_rng(0)
     masks = [generator.random(len(ANSWER)) < share for share in (0.2, 0.5, 0.8, 1.1)]
     masks = [mask for mask in masks if mask.any()]
-    rows = [Row(0, draw, mask, clean_before=True) for draw, mask in enumerate(masks)]
+    rows = [NoisyRow(0, draw, mask, clean_before=True) for draw, mask in enumerate(masks)]
     views = build_views(batch_of(), rows, len(rows), network.profile)
     assert views.layout.attention == "block_diffusion"
     got = token_log_probs(network, views, 10_000)
@@ -153,8 +153,8 @@ def test_estimates_are_unbiased(network, table, module, levels):
         group=np.arange(size),
         prompts=one.prompts * size,
         completions=one.completions * size,
-        length=np.repeat(one.length, size),
-        span=np.repeat(one.span, size),
+        response_length=np.repeat(one.response_length, size),
+        scored_length=np.repeat(one.scored_length, size),
         rewards=np.ones((size, 1)),
         member=np.zeros(size, dtype=np.int64),
     )
@@ -187,7 +187,7 @@ def test_full_attention_is_as_it_was():
     assert views.layout.attention == "full" and views.layout.lengths.tolist() == [13] * 4
     for draw in range(4):
         stream = Noise(0).stream("views")
-        count = 1 + min(int(stream.uniform(1, draw=draw, position=1)[0] * 7), 6)
+        count = 1 + min(int(stream.uniform(1, draw=draw, quantity=Quantity.LEVEL)[0] * 7), 6)
         expected = stream.subset(7, count, draw=draw)
         assert (views.score_token[views.score_draw == draw].numpy() == np.flatnonzero(expected)).all()
         assert (views.score_weight[views.score_draw == draw] == np.float32(7 / count)).all()

@@ -331,7 +331,7 @@ def test_likelihood_sampler_and_learner_run_unchanged(network, folder, adapters)
     learner.begin(AlgorithmConfig(), OptimizerConfig(learning_rate=1e-3, warmup_steps=0), 1)
     trained = {name: weight.clone() for name, weight in learner.network.named_parameters() if weight.requires_grad}
     fixed = {name: tensor.clone() for name, tensor in learner.network.state_dict().items() if name not in trained}
-    metrics = learner.step(learner.algorithm.credited(make_batch(graded, span="canvas")))
+    metrics = learner.step(learner.algorithm.credited(make_batch(graded, scored_length="canvas")))
     assert 0 < metrics["grad_norm"] < float("inf")
     after = learner.network.state_dict()
     moved = [name for name in trained if not torch.equal(after[name], trained[name])]
@@ -349,7 +349,7 @@ def test_the_base_without_its_adapter_is_the_reference_that_a_scorer_holds(netwo
     settings = {"length": 2 * blocks_of(network), "steps": 2 * blocks_of(network), "block_length": blocks_of(network)}
     rollouts = rlhub.generate(rlhub.load_model(folder), [words(network, 5)] * 4, temperature=1.0, **settings)
     graded = [replace(one, uid=uid, group_uid=0).graded(RewardResult(float(uid % 2))) for uid, one in enumerate(rollouts)]
-    batch = make_batch(graded, span="canvas")
+    batch = make_batch(graded, scored_length="canvas")
 
     def trained(reference: str) -> tuple[dict[str, float], list[torch.Tensor]]:
         algorithm = AlgorithmConfig(reference=reference, shared_noise=shared_noise, kl=KLConfig(kind="k2", coefficient=0.1))

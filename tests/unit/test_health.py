@@ -28,8 +28,8 @@ def batch_of(rewards: list[list[float]]) -> Batch:
         group=groups.ravel(),
         prompts=[np.zeros(1, dtype=np.int32)] * size,
         completions=[np.zeros(4, dtype=np.int32)] * size,
-        length=np.full(size, 4),
-        span=np.full(size, 4),
+        response_length=np.full(size, 4),
+        scored_length=np.full(size, 4),
         rewards=matrix,
         member=members.ravel(),
     )

@@ -119,7 +119,7 @@ def test_masks_are_shown_as_the_recipe_says() -> None:
 def test_nothing_is_graded_when_it_is_off() -> None:
     given = [rollout(0, [5, 6, 7, 8], [2, 0, 3, 1])]
     assert grade(given, every=0) == (given, [])
-    assert make_batch(given, span="canvas").step_rewards is None
+    assert make_batch(given, scored_length="canvas").step_rewards is None
 
 
 # ------------------------------------------------------------------------------------------------------------------- batch
@@ -141,7 +141,7 @@ def with_steps(uid: int, group: int, *values: float | None) -> Rollout:
 )
 def test_the_batch_holds_them_by_group_and_member(on_invalid: str, expected: list) -> None:
     rollouts = [with_steps(30, 9, 4, 5, 6), with_steps(10, 3, 1, 2, 3), with_steps(11, 3, 0, None, 0), with_steps(29, 9, 7, 8, 9)]
-    batch = make_batch(rollouts, span="canvas", on_invalid=on_invalid)
+    batch = make_batch(rollouts, scored_length="canvas", on_invalid=on_invalid)
     np.testing.assert_array_equal(batch.step_rewards, np.array(expected, dtype=float))
     np.testing.assert_array_equal(batch.rewards, np.array(expected, dtype=float)[:, :, -1])
     assert batch.valid.tolist() == (~np.isnan(np.array(expected, dtype=float)[:, :, 0])).ravel().tolist()
@@ -149,7 +149,7 @@ def test_the_batch_holds_them_by_group_and_member(on_invalid: str, expected: lis
 
 def test_rollouts_must_agree_on_the_number_of_steps() -> None:
     with pytest.raises(ValueError, match=r"same number of step rewards, got \[2, 3\]"):
-        make_batch([with_steps(0, 0, 1, 2), with_steps(1, 0, 1, 2, 3)], span="canvas")
+        make_batch([with_steps(0, 0, 1, 2), with_steps(1, 0, 1, 2, 3)], scored_length="canvas")
 
 
 def test_the_control_moves_them_with_their_grades() -> None:
@@ -161,7 +161,7 @@ def test_the_control_moves_them_with_their_grades() -> None:
 
 def test_mdpo_credits_the_step_that_earned_it() -> None:
     """By hand: gains (1, 0, 0) and (0, 0, 1) plus means of what comes after, standardised over the two samples at each step."""
-    batch = make_batch([with_steps(0, 0, 1, 1, 1), with_steps(1, 0, 0, 0, 1)], span="canvas")
+    batch = make_batch([with_steps(0, 0, 1, 1, 1), with_steps(1, 0, 0, 0, 1)], scored_length="canvas")
     credit = Algorithm.compose(load_recipe(MDPO).algorithm).credit(batch)
     raw = np.array([[1 + 1, 0 + 1, 0 + 1], [0 + 0.5, 0 + 1, 1 + 1]])
     expected = (raw - raw.mean(0)) / (raw.std(0, ddof=1) + 1e-4)

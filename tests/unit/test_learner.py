@@ -46,7 +46,7 @@ def graded_batch() -> Batch:
         steps, none = np.arange(LENGTH, dtype=np.int16), np.zeros(LENGTH, np.float32)
         rollout = Rollout(number, number // 4, prompt, completion, LENGTH, steps, none, none, np.zeros(LENGTH, np.int32), LENGTH)
         rollouts.append(rollout.graded(RewardResult(float(reward))))
-    return make_batch(rollouts, mask_id=MASK, span="canvas")
+    return make_batch(rollouts, scored_length="canvas")
 
 
 def elbo(log_prob: torch.Tensor, views: Views) -> torch.Tensor:

@@ -7,7 +7,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from rlhub.models import sdar
 from rlhub.models.llada import Config as LLaDAConfig
 from rlhub.models.llada import LLaDA
 from rlhub.networks.layout import pack_layout
+from rlhub.networks.profile import Profile
 from rlhub.tasks._vocabulary import word_level
 from rlhub.types import Example
 
@@ -98,7 +98,7 @@ class Crowd(torch.nn.Module):
     """Knows a token the better the more of the row is visible, and a little by which tokens these are."""
 
     mask_id, eos_id, vocab_size, max_length = 0, 1, 24, 64
-    profile = SimpleNamespace(attention="full")
+    profile = Profile(mask_id=0, eos_id=1, stop_ids=(1,), pad_id=1, lora_targets="")
 
     def denoise(self, tokens, layout, targets=None):
         rows = []
@@ -187,7 +187,7 @@ class Sorter(torch.nn.Module):
     """Knows one thing: the token at place i of the answer is the i-th smallest of the prompt, with probability 0.9."""
 
     mask_id, eos_id, vocab_size, max_length = 11, 12, 15, 64
-    profile = SimpleNamespace(attention="full")
+    profile = Profile(mask_id=11, eos_id=12, stop_ids=(12,), pad_id=12, lora_targets="")
 
     def denoise(self, tokens, layout, targets=None):
         rows = []

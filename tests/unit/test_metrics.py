@@ -18,7 +18,6 @@ from rlhub.records.metrics import (
     SpanClock,
     busy_union,
     idle_share,
-    overhead_seconds,
     read_metrics,
     series,
     summarize,
@@ -141,7 +140,6 @@ def test_busy_union_and_idle_share_by_hand() -> None:
     assert busy_union(intervals) == 8.0 and busy_union([]) == 0.0
     assert busy_union(intervals, (1.0, 10.0)) == 5.0
     assert idle_share(intervals, (0.0, 10.0)) == pytest.approx(0.4)
-    assert overhead_seconds(intervals, (0.0, 10.0)) == 4.0
 
 
 SECONDS = st.integers(0, 60).map(float)

@@ -40,7 +40,7 @@ def batch_of(size: int = 8):
         ).graded(RewardResult(float(rng.integers(0, 3))))
         for number in range(size)
     ]
-    return make_batch(rollouts, span="canvas")
+    return make_batch(rollouts, scored_length="canvas")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -176,7 +176,7 @@ def test_a_learner_with_the_rollouts_weights_replays_the_rollouts_experts(tmp_pa
 
     parts = {"views": {"name": "trajectory"}, "likelihood": {"name": "trajectory"}, "objective": {"name": "token_clip"}}
     learner = learner_on(tmp_path, RouterConfig(replay=True), updates=2, tokens=1, learning_rate=0.1, parts=parts)
-    batch = learner.algorithm.credited(make_batch(rollouts, span="canvas"))
+    batch = learner.algorithm.credited(make_batch(rollouts, scored_length="canvas"))
 
     def agreement() -> float:
         views, routes = learner.make_views(batch)[0], {}

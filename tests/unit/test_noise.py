@@ -136,13 +136,35 @@ def test_integers_are_uniform_and_in_range():
     assert stream.integer(1) == 0
 
 
-@pytest.mark.parametrize(("field", "width"), [("uid", 64), ("step", 32), ("position", 32), ("update", 24), ("draw", 24), ("epoch", 16)])
+@pytest.mark.parametrize(
+    ("field", "width"),
+    [("uid", 64), ("step", 32), ("position", 32), ("update", 24), ("draw", 24), ("epoch", 32), ("block", 32), ("quantity", 32)],
+)
 def test_fields_out_of_range_are_refused(field, width):
     largest = (1 << width) - 1
     assert Noise(0).uniform("views", 1, **{field: largest}) != Noise(0).uniform("views", 1)
     for value in (largest + 1, -1):
         with pytest.raises(ValueError, match=f"{field}={value}"):
             Noise(0).uniform("views", 1, **{field: value})
+
+
+@pytest.mark.parametrize(("field", "other"), [("step", "block"), ("position", "quantity")])
+def test_two_fields_that_share_their_bits_are_not_in_one_key(field, other):
+    """Alone they give the same numbers, in purposes that know only one of them."""
+    noise = Noise(0)
+    assert noise.uniform("views", 1, uid=3, **{field: 7}) == noise.uniform("views", 1, uid=3, **{other: 7})
+    with pytest.raises(ValueError, match="a step or a block, and a position or a quantity"):
+        noise.uniform("views", 1, **{field: 1, other: 2})
+
+
+def test_a_field_of_another_name_is_refused():
+    with pytest.raises(TypeError, match="epok"):
+        Noise(0).generator("shuffle", epok=1)
+
+
+def test_epochs_beyond_16_bits_have_streams_of_their_own():
+    seen = {Noise(0).uniform("order", 1, epoch=epoch)[0] for epoch in (0, 1, 1 << 16, (1 << 16) + 1, 1 << 31)}
+    assert len(seen) == 5
 
 
 def test_seed_out_of_range_is_refused():

@@ -23,7 +23,7 @@ from rlhub.records.metrics import read_metrics
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.training.documents import PackedDocuments, document_batch, pack_documents
 from rlhub.training.run import train
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 EOS, MASK = 1, 0
 
@@ -82,7 +82,7 @@ def packed_log_probs(network, docs, packing: str, masks) -> np.ndarray:
     segments = [np.repeat(np.arange(len(docs), dtype=np.int32), [len(piece) for piece in pieces])] if packing == "adaptive" else None
     batch = document_batch([np.concatenate(pieces)], Phase.SFT, 1, segments)
     masked = np.concatenate([np.append(mask, np.zeros(len(end), dtype=bool)) for mask in masks])
-    return token_log_probs(network, build_views(batch, [Row(0, 0, masked)], 1, network.profile), 10_000).numpy()
+    return token_log_probs(network, build_views(batch, [NoisyRow(0, 0, masked)], 1, network.profile), 10_000).numpy()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -90,7 +90,8 @@ def test_adaptive_packing_equals_the_documents_one_by_one(network, seed):
     docs = documents(6, seed)
     generator = np.random.default_rng(seed)
     masks = [np.append(True, generator.random(len(doc) - 1) < 0.5) for doc in docs]
-    alone = build_views(document_batch(docs, Phase.SFT, 1), [Row(number, 0, mask) for number, mask in enumerate(masks)], 1, network.profile)
+    noisy = [NoisyRow(number, 0, mask) for number, mask in enumerate(masks)]
+    alone = build_views(document_batch(docs, Phase.SFT, 1), noisy, 1, network.profile)
     expected = token_log_probs(network, alone, 10_000).numpy()
     np.testing.assert_allclose(packed_log_probs(network, docs, "adaptive", masks), expected, atol=1e-6)
     for packing in ("eod", "direct"):
@@ -101,7 +102,7 @@ def test_block_causal_models_are_refused():
     batch = packed_of(documents(5), "adaptive", 8).batch(1, 2)
     profile = sdar.build(sdar.Config.from_published(sdar.TINY)).profile
     with pytest.raises(ValueError, match="packed documents need a model with full attention"):
-        build_views(batch, [Row(0, 0, np.ones(8, dtype=bool))], 1, profile)
+        build_views(batch, [NoisyRow(0, 0, np.ones(8, dtype=bool))], 1, profile)
 
 
 # -------------------------------------------------------------------------------------------------------------- data

@@ -291,7 +291,7 @@ def test_a_pair_is_a_group_of_two_and_its_noise_belongs_to_its_row():
     pairs, algorithm = uneven(), vrpo()
     whole, part = pairs.batch([0, 1, 2, 3], epoch=1), pairs.batch([3, 1], epoch=1)
     assert algorithm.credit(whole).pairs.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert set(part.uid) < set(whole.uid) and part.length.tolist() == [9, 2, 14, 1]
+    assert set(part.uid) < set(whole.uid) and part.response_length.tolist() == [9, 2, 14, 1]
     profile = Profile(mask_id=10, eos_id=11, stop_ids=(11,), pad_id=11, lora_targets="")
     views = [algorithm.make_views(batch, algorithm.credit(batch), Noise(0), 0, profile) for batch in (whole, part)]
     rows_of = [
@@ -309,8 +309,8 @@ def test_a_pair_is_a_group_of_two_and_its_noise_belongs_to_its_row():
 def test_padding_counts_only_when_the_recipe_says_so():
     pairs = uneven()
     batch = Pairs(pairs.row, pairs.prompts, pairs.responses, pairs.rewards, 10, 11, canvas=16).batch([2])
-    assert batch.span.tolist() == [16, 16] and batch.length.tolist() == [3, 3] and (batch.completions[0][3:] == 11).all()
-    assert pairs.batch([2]).span.tolist() == [3, 3]
+    assert batch.scored_length.tolist() == [16, 16] and batch.response_length.tolist() == [3, 3] and (batch.completions[0][3:] == 11).all()
+    assert pairs.batch([2]).scored_length.tolist() == [3, 3]
 
 
 def test_packed_equals_unpacked_and_rows_do_not_see_each_other(network):
@@ -358,7 +358,7 @@ def test_the_two_pass_gradient_of_the_whole_loss_is_that_of_autograd(network):
 
     policy, fixed = elbo(log_prob), elbo(reference.double())
     gain = 0.2 * (policy - fixed)
-    supervised = -(policy[0::2] / torch.from_numpy(batch.length[0::2])).mean()
+    supervised = -(policy[0::2] / torch.from_numpy(batch.response_length[0::2])).mean()
     loss = -F.logsigmoid(gain[0::2] - gain[1::2]).mean() + 0.05 * supervised
     loss.backward()
     direct = {name: value.grad.clone() for name, value in network.named_parameters()}
@@ -382,7 +382,7 @@ def test_an_auxiliary_term_counts_the_samples_that_it_names(network, on, members
     views = algorithm.make_views(batch, credit, Noise(0), 0, network.profile)
     log_prob = token_log_probs(network, views, 10**6)
     _, scores, metrics = algorithm.coefficients(LogProbs(log_prob, reference=log_prob), views, batch, credit)
-    per_token = -(scores.policy.value / scores.policy.length).view(5, 2)[:, members]
+    per_token = -(scores.policy.value / scores.policy.scored_length).view(5, 2)[:, members]
     assert metrics["auxiliary/sft"] == pytest.approx(per_token.mean().item())
     assert metrics["loss"] == pytest.approx(math.log(2) + per_token.mean().item())
 

@@ -13,7 +13,7 @@ from rlhub.config.schema import AlgorithmConfig
 from rlhub.errors import RecipeError
 from rlhub.networks.profile import Profile
 from rlhub.types import Batch, Credit
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 SPANS = [3, 5, 4, 2, 6, 3]
 PAIRS = [(0, 1), (2, 3), (4, 5)]
@@ -29,8 +29,8 @@ def make_batch() -> Batch:
         group=np.repeat(np.arange(3), 2),
         prompts=[np.zeros(1, dtype=np.int32)] * 6,
         completions=[np.arange(span, dtype=np.int32) % 3 for span in SPANS],
-        length=length,
-        span=length,
+        response_length=length,
+        scored_length=length,
         rewards=np.array([[1.0, 0.0]] * 3),
         member=np.tile([0, 1], 3),
     )
@@ -46,7 +46,7 @@ def problem():
         for draw in range(DRAWS):
             masked = random.random(span) < 0.7
             masked[0] = True
-            rows.append(Row(sample, draw, masked, weight=random.uniform(0.5, 2)))
+            rows.append(NoisyRow(sample, draw, masked, weight=random.uniform(0.5, 2)))
     views = build_views(batch, rows, DRAWS, PROFILE)
     policy, reference = -torch.from_numpy(random.uniform(0.1, 2, (2, len(views.score_row))))
     return batch, views, policy, reference

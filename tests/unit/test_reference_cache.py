@@ -49,7 +49,7 @@ class Scorers:
     @staticmethod
     def of(batch: Batch):
         value = torch.from_numpy(batch.uid.astype(np.float64)) + 0.5 * batch.epoch
-        return value, "lower", "sequence", torch.from_numpy(batch.span), value[:, None] * torch.arange(1, K + 1)
+        return value, "lower", "sequence", torch.from_numpy(batch.scored_length), value[:, None] * torch.arange(1, K + 1)
 
 
 def fill(cache: ReferenceCache, steps: int, workers: int = 2, stop_after: int | None = None) -> Scorers:
@@ -69,7 +69,7 @@ def check_every_step(cache: ReferenceCache, steps: int) -> int:
         estimate, hits = cache.look_up(batch.epoch, which, batch)
         value, *_, draws = Scorers.of(batch)
         assert torch.equal(estimate.value, value) and torch.equal(estimate.draws, draws)
-        assert torch.equal(estimate.length, torch.from_numpy(batch.span))
+        assert torch.equal(estimate.scored_length, torch.from_numpy(batch.scored_length))
         total += hits
     return total
 

@@ -17,7 +17,7 @@ from rlhub.errors import CheckpointError, DataError
 from rlhub.records.metrics import MetricsLog, summarize
 from rlhub.records.rollout_log import dump_rollouts, read_rollouts, rollout_files, rollout_path
 from rlhub.reports.page import Run, differences, dump_view, group_name, save_accuracy_plot, write_report
-from rlhub.reports.plots import PANELS, Group, draw_panel, over_seeds, smoothed
+from rlhub.reports.plots import PANELS, SeedGroup, draw_panel, over_seeds, smoothed
 from rlhub.types import NEVER, RewardResult, Rollout
 
 NUM_PROBLEMS = 512
@@ -284,7 +284,7 @@ def test_smoothing_keeps_lines() -> None:
 
 
 def test_a_panel_can_be_saved_as_png(tmp_path: Path) -> None:
-    plot = draw_panel(PANELS[0], [Group("quick", [make_rows(0, 20, 0.8)])], NUM_PROBLEMS)
+    plot = draw_panel(PANELS[0], [SeedGroup("quick", [make_rows(0, 20, 0.8)])], NUM_PROBLEMS)
     assert plot is not None and plot.wide
     plot.save(tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")

@@ -458,7 +458,7 @@ def test_means_of_parts_leave_failures_out_and_hits_are_counted() -> None:
     failed = RewardResult(math.nan, "timeout", "", {"answer": RewardResult(math.nan, "timeout"), "style": RewardResult(0.5)})
     valid = RewardResult(1.5, "ok", "", {"answer": RewardResult(1.0), "style": RewardResult(0.25)})
     results = [failed, replace(valid, cached=True), replace(valid, cached=True)]
-    metrics = rollout_metrics([rollout.graded(result, result.parts) for rollout, result in zip(rollouts, results, strict=True)], eos_id=0)
+    metrics = rollout_metrics([rollout.graded(result) for rollout, result in zip(rollouts, results, strict=True)], eos_id=0)
     assert metrics["reward/part/answer"] == 1.0 and metrics["reward/part/style"] == pytest.approx(1 / 3)
     assert metrics["reward/invalid_share"] == pytest.approx(1 / 3) and metrics["reward/cache_hits"] == 2.0
 

@@ -53,8 +53,8 @@ def batch_of(answers, prompts=None, canvas: int = 0) -> Batch:
         group=np.arange(size),
         prompts=[np.array(prompt, dtype=np.int32) for prompt in (prompts or [[1, 2]] * size)],
         completions=completions,
-        length=length,
-        span=np.array([len(completion) for completion in completions]),
+        response_length=length,
+        scored_length=np.array([len(completion) for completion in completions]),
         rewards=np.ones((size, 1)),
         member=np.zeros(size, dtype=np.int64),
     )
@@ -76,14 +76,14 @@ def loss_of(config: SFTConfig, batch: Batch, family: str = "inverse_t"):
 def test_endings():
     batch = batch_of([[5, 6, 7], [8]], canvas=6)
     for policy, spans in {"auto": [6, 6], "loss": [6, 6], "first": [4, 2], "none": [3, 1]}.items():
-        assert with_ending(batch, policy, EOS, 6).span.tolist() == spans, policy
+        assert with_ending(batch, policy, EOS, 6).scored_length.tolist() == spans, policy
     unpadded = batch_of([[5, 6, 7], [8]])
     padded = supervised_batch(unpadded, SFTConfig(eos_padding="loss", pad_to="batch"), EOS, 99, Noise(0), 1)
-    assert [row.tolist() for row in padded.completions] == [[5, 6, 7, EOS], [8, EOS, EOS, EOS]] and padded.span.tolist() == [4, 4]
-    assert supervised_batch(batch, SFTConfig(eos_padding="loss", pad_to="batch"), EOS, 6, Noise(0), 1).span.tolist() == [4, 4]
-    assert supervised_batch(unpadded, SFTConfig(eos_padding="loss"), EOS, 6, Noise(0), 1).span.tolist() == [6, 6]
-    full = replace(unpadded, completions=[row[:-1] for row in unpadded.completions], length=unpadded.length - 1)
-    assert with_ending(full, "none", EOS, 6).span.tolist() == [3, 1], "an answer that fills the canvas has no EOS to take away"
+    assert [row.tolist() for row in padded.completions] == [[5, 6, 7, EOS], [8, EOS, EOS, EOS]] and padded.scored_length.tolist() == [4, 4]
+    assert supervised_batch(batch, SFTConfig(eos_padding="loss", pad_to="batch"), EOS, 6, Noise(0), 1).scored_length.tolist() == [4, 4]
+    assert supervised_batch(unpadded, SFTConfig(eos_padding="loss"), EOS, 6, Noise(0), 1).scored_length.tolist() == [6, 6]
+    full = replace(unpadded, completions=[row[:-1] for row in unpadded.completions], response_length=unpadded.response_length - 1)
+    assert with_ending(full, "none", EOS, 6).scored_length.tolist() == [3, 1], "an answer that fills the canvas has no EOS to take away"
     with pytest.raises(DataError, match="empty answer"):
         with_ending(batch_of([[]]), "none", EOS, 4)
 
@@ -91,7 +91,7 @@ def test_endings():
 def test_masked_prompts_are_part_of_what_is_scored():
     batch = whole_sequences(batch_of([[5, 6], [7]], prompts=[[1, 2, 3], [4]], canvas=4))
     assert [row.tolist() for row in batch.completions] == [[1, 2, 3, 5, 6, EOS, EOS], [4, 7, EOS, EOS, EOS]]
-    assert batch.span.tolist() == [7, 5] and [len(prompt) for prompt in batch.prompts] == [0, 0]
+    assert batch.scored_length.tolist() == [7, 5] and [len(prompt) for prompt in batch.prompts] == [0, 0]
     hidden = np.zeros(7, dtype=bool)
     for update in range(40):
         views = supervised.make(batch, None, supervised.Config(), Noise(0).stream("views"), update, PROFILE)
@@ -104,10 +104,10 @@ def test_masked_prompts_are_part_of_what_is_scored():
 def test_random_lengths_are_a_share_of_batches_and_uniform():
     batch = batch_of([[5] * 7, [6] * 3])
     assert cut_at_random(batch, 0.0, Noise(0), 1) is batch
-    cuts = [cut_at_random(batch, 0.25, Noise(0), step).span for step in range(4000)]
+    cuts = [cut_at_random(batch, 0.25, Noise(0), step).scored_length for step in range(4000)]
     share = np.mean([cut[0] < 8 for cut in cuts])
     assert abs(share - 0.25 * 7 / 8) < 4 * math.sqrt(0.22 * 0.78 / 4000)
-    every = [cut_at_random(batch, 1.0, Noise(0), step).span for step in range(4000)]
+    every = [cut_at_random(batch, 1.0, Noise(0), step).scored_length for step in range(4000)]
     counts = np.bincount([cut[0] for cut in every], minlength=9)[1:]
     assert (abs(counts - 500) < 5 * math.sqrt(500)).all()
     assert all(cut[1] == min(cut[0], 4) for cut in every), "one length for the whole batch"
@@ -174,7 +174,7 @@ def test_the_loss_by_its_formula(masks, weight, normalize):
         weights = [weight_of(config, tokens, prompt, batch.completions[sample], place, inverse) for place in places]
         sums[sample, draw] = -(np.array(weights) * log_prob[scored]).sum() if len(places) else 0.0
         hidden[sample, draw] = len(places)
-    per_sample, length = sums.mean(1), batch.span
+    per_sample, length = sums.mean(1), batch.scored_length
     expected = {
         "answer_length": np.mean(per_sample / length),
         "batch_tokens": per_sample.sum() / length.sum(),
@@ -196,8 +196,8 @@ def test_the_mean_over_masks_by_enumeration(masks, weight):
         group=np.arange(size),
         prompts=batch.prompts * size,
         completions=batch.completions * size,
-        length=np.repeat(batch.length, size),
-        span=np.repeat(batch.span, size),
+        response_length=np.repeat(batch.response_length, size),
+        scored_length=np.repeat(batch.scored_length, size),
         rewards=np.ones((size, 1)),
         member=np.zeros(size, dtype=np.int64),
     )
@@ -305,16 +305,16 @@ def test_the_first_eos_is_a_part_of_a_demonstration(tiny, tmp_path):
     batch, tokenizer = demonstrations(tiny, tmp_path)
     one = batch(1)
     eos = tokenizer.eos_token_id
-    for length, completion in zip(one.length, one.completions, strict=True):
+    for length, completion in zip(one.response_length, one.completions, strict=True):
         assert completion.tolist().index(eos) == length - 1 and (completion[length - 1 :] == eos).all() and len(completion) == 16
-    assert sorted(one.length.tolist()) == [2, 4] and one.span.tolist() == [16, 16]
-    assert sorted(with_ending(one, "first", eos, 16).span.tolist()) == [2, 4], "so supervised training learns to end"
+    assert sorted(one.response_length.tolist()) == [2, 4] and one.scored_length.tolist() == [16, 16]
+    assert sorted(with_ending(one, "first", eos, 16).scored_length.tolist()) == [2, 4], "so supervised training learns to end"
 
 
 def test_a_demonstration_that_fills_the_canvas_has_no_eos(tiny):
-    recipe = tiny(*ALONE, "algorithm.length=response")
+    recipe = tiny(*ALONE, "algorithm.response_length=response")
     batch = demonstration_batch(load_task("sort", recipe.task.train, "train", 0), task_tokenizer("sort", {}), recipe, 1)
-    assert batch.length.tolist() == batch.span.tolist() == [4] * 8 and {len(one) for one in batch.completions} == {4}
+    assert batch.response_length.tolist() == batch.scored_length.tolist() == [4] * 8 and {len(one) for one in batch.completions} == {4}
 
 
 # -------------------------------------------------------------------------------------------------------------- runs

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhub.checkpoints.tokenizers import decode, encode_prompt, encode_prompts, load_tokenizer
+from rlhub.checkpoints.tokenizers import decode, encode_prompts, load_tokenizer
 from rlhub.errors import CheckpointError, DataError
 from rlhub.tasks import load_task, task_tokenizer
 from rlhub.tasks._vocabulary import word_level
@@ -18,7 +18,7 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_ge
 @given(st.lists(st.sampled_from(WORDS), min_size=1, max_size=30))
 def test_word_level_round_trip(words):
     text = " ".join(words)
-    ids = encode_prompt(TOKENIZER, text)
+    ids = encode_prompts(TOKENIZER, [text])[0]
     assert ids.dtype == np.int32 and ids.tolist() == [WORDS.index(word) for word in words]
     assert decode(TOKENIZER, ids) == text
 
@@ -42,7 +42,9 @@ def test_chat_and_plain_prompts_mix_in_one_batch():
     chat = [{"role": "user", "content": "1 + 2"}]
     rows = encode_prompts(tokenizer, ["3 4", chat, "5", chat])
     assert [decode(tokenizer, row) for row in rows] == ["3 4", "1 + 2 :", "5", "1 + 2 :"]
-    assert all(np.array_equal(row, encode_prompt(tokenizer, prompt)) for row, prompt in zip(rows, ["3 4", chat, "5", chat], strict=True))
+    assert all(
+        np.array_equal(row, encode_prompts(tokenizer, [prompt])[0]) for row, prompt in zip(rows, ["3 4", chat, "5", chat], strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_chat_and_plain_prompts_mix_in_one_batch():
 )
 def test_bad_prompts_are_data_errors(prompt, message):
     with pytest.raises(DataError, match=message):
-        encode_prompt(TOKENIZER, prompt)
+        encode_prompts(TOKENIZER, [prompt])
 
 
 @pytest.mark.parametrize("words", [["a", "a"], ["a b"], [""], ["[MASK]"]])
@@ -68,7 +70,7 @@ def test_save_and_load(tmp_path):
     TOKENIZER.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     assert loaded.mask_token_id == TOKENIZER.mask_token_id and loaded.eos_token_id == TOKENIZER.eos_token_id
-    assert decode(loaded, encode_prompt(loaded, "3 + 4 = 7 :")) == "3 + 4 = 7 :"
+    assert decode(loaded, encode_prompts(loaded, ["3 + 4 = 7 :"])[0]) == "3 + 4 = 7 :"
 
 
 def test_missing_tokenizer_names_the_folder(tmp_path):
@@ -86,7 +88,7 @@ def test_task_vocabularies_cover_their_texts(name, config):
     for index in range(200):
         example = task.example(index)
         for text in (example.prompt, example.demonstration):
-            assert decode(tokenizer, encode_prompt(tokenizer, text)) == text
+            assert decode(tokenizer, encode_prompts(tokenizer, [text])[0]) == text
 
 
 def test_published_styles_use_the_tokenizer_of_the_model():

@@ -33,7 +33,7 @@ from rlhub.studies.lab_training import Tick, batch_of, sample
 from rlhub.studies.labs import Arm, Check, Verdict, run_arms
 from rlhub.types import Layout, Rollout, Views
 from rlhub.views import elbo
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 KIND = "identity"
 FAMILIES = {"llada2": (llada2, "block_length"), "sdar": (sdar, "block_size")}
@@ -164,7 +164,7 @@ def one_replay_error(network: nn.Module, rollout: Rollout) -> float:
     """One row scores the n-th step of every block."""
     batch = batch_of([rollout.prompt_ids], [rollout.completion_ids])
     step = rollout.unmask_step % BLOCK
-    rows = [Row(0, 0, step >= number, scored=step == number, clean_before=True) for number in np.unique(step)]
+    rows = [NoisyRow(0, 0, step >= number, scored=step == number, clean_before=True) for number in np.unique(step)]
     recorded = np.concatenate([rollout.logp_model[row.scored] for row in rows])
     views = build_views(batch, rows, 1, network.profile)
     logits = read(network, views, views.layout)

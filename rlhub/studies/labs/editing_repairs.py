@@ -33,7 +33,7 @@ from rlhub.reports.plots import COLORS, STYLE
 from rlhub.studies.lab_training import SFT, Tick, batch_of, counted, sample, train
 from rlhub.studies.labs import Arm, Check, Verdict, above, run_arms
 from rlhub.types import Request, Rollout, Views
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 KIND = "statistical"
 DIGITS = 8  # of prompt and answer, one block each
@@ -123,7 +123,7 @@ def noisy_views(config: Config, network: nn.Module, corruption: float, seed: int
     batch = batch_of(*digit_rows(config.batch_size, seed, TRAIN, step), step)
     order = random.random((config.batch_size, DIGITS)).argsort(1)
     masked = order < random.integers(0, DIGITS + 1, (config.batch_size, 1))
-    rows = [Row(sample, 0, mask, scored=np.ones_like(mask), clean_before=True) for sample, mask in enumerate(masked)]
+    rows = [NoisyRow(sample, 0, mask, scored=np.ones_like(mask), clean_before=True) for sample, mask in enumerate(masked)]
     views = build_views(batch, rows, 1, network.profile)
     changed = torch.from_numpy(random.random(len(views.target_rows)) < corruption)
     place = views.target_rows[changed & (views.tokens[views.target_rows] != network.mask_id)]
@@ -154,9 +154,9 @@ def sampler_settings(config: Config, name: str) -> SamplerConfig:
 
 def go_on(network: nn.Module, prompts: np.ndarray, canvases: np.ndarray, settings: SamplerConfig, seed: int) -> list[Rollout]:
     """Rollouts of the engine from answers that are filled already."""
-    from rlhub.engines.torch_engine import Engine, Rows
+    from rlhub.engines.torch_engine import Engine, RunningRows
 
-    class Filled(Rows):
+    class Filled(RunningRows):
         def admit(self, slot: int, index: int) -> int:
             start = len(self.requests[index].prompt_ids)
             super().admit(slot, index)

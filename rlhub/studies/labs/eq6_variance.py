@@ -37,7 +37,7 @@ from rlhub.studies.variance.estimates import Exact
 from rlhub.studies.variance.laboratory import small_problem
 from rlhub.types import Batch, Views
 from rlhub.views import elbo, time_form
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 KIND = "identity"
 TOKENS_AT_ONCE = 4096
@@ -126,9 +126,9 @@ def all_log_probs(network: nn.Module, batch: Batch, sample: int) -> tuple[np.nda
 
     Row m - 1 masks the positions of which the bit is set in m.
     """
-    length = int(batch.span[sample])
+    length = int(batch.scored_length[sample])
     masks = (np.arange(1, 2**length)[:, None] >> np.arange(length) & 1).astype(bool)
-    views = build_views(batch, [Row(sample, number, mask) for number, mask in enumerate(masks)], len(masks), network.profile)
+    views = build_views(batch, [NoisyRow(sample, number, mask) for number, mask in enumerate(masks)], len(masks), network.profile)
     log_prob = np.zeros(masks.shape)
     log_prob[masks] = token_log_probs(network, views, TOKENS_AT_ONCE).double().numpy()
     return masks, log_prob
@@ -167,10 +167,10 @@ def counted_bernoulli(batch: Batch, draws: int, noise: Noise, profile: Profile) 
     """The control's views: t ~ U(0, 1), each token masked with probability t, weight L / l."""
     generator, rows = noise.generator("control"), []
     for sample, draw_number in itertools.product(range(len(batch)), range(draws)):
-        length = int(batch.span[sample])
+        length = int(batch.scored_length[sample])
         masked = generator.random(length) < generator.random()
         if masked.any():
-            rows.append(Row(sample, draw_number, masked, length / masked.sum()))
+            rows.append(NoisyRow(sample, draw_number, masked, length / masked.sum()))
     return build_views(batch, rows, draws, profile)
 
 

@@ -45,7 +45,7 @@ from rlhub.studies.labs.passkey_ntk import (
 )
 from rlhub.training.documents import PackedDocuments
 from rlhub.types import Batch, Views
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 KIND = "statistical"
 PACKINGS = ("adaptive", "eod", "direct")
@@ -108,7 +108,7 @@ def answer_views(batch: Batch, profile: Profile) -> Views:
         places = (np.flatnonzero(tokens == ASK)[:, None] + 1 + np.arange(KEY)).ravel()
         masked = np.zeros(len(tokens), dtype=bool)
         masked[places[places < len(tokens)]] = True
-        rows.append(Row(number, 0, masked))
+        rows.append(NoisyRow(number, 0, masked))
     return build_views(batch, rows, 1, profile)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhub.algorithm.batching import micro_batches
+from rlhub.algorithm.batching import micro_batches, sequence_batch
 from rlhub.algorithm.scoring import micro_batch_log_probs, token_log_probs
 from rlhub.errors import UserError
 from rlhub.likelihoods import sequence_draws
@@ -42,7 +42,7 @@ from rlhub.studies.variance.estimates import (
 )
 from rlhub.types import Batch, Views
 from rlhub.views import adaptive, mask_level
-from rlhub.views._rows import Row, build_views
+from rlhub.views._rows import NoisyRow, build_views
 
 BUDGET = 8  # forwards of a sequence and model in the largest cells, the paper's
 BLOCK_ENTRIES = 1 << 16  # of the gradient that are looked at
@@ -53,7 +53,7 @@ Tick = Callable[[int], None]  # told how many rows were scored
 
 
 @dataclass(frozen=True)
-class Cell:
+class VarianceCell:
     """An estimator: `n_t` levels with `n_y` masks each, made from the draws of a pool."""
 
     name: str
@@ -62,15 +62,15 @@ class Cell:
     n_y: int
 
 
-CELLS = [Cell(f"{n_t} x {n_y}", "levels" if n_y == 1 else "masks", n_t, n_y) for n_t, n_y in GRID] + [
-    Cell("stratified", "stratified", 1, BUDGET),
-    Cell("coupled", "coupled", 1, BUDGET // 2),
-    Cell("adaptive", "adaptive", 1, BUDGET),
+CELLS = [VarianceCell(f"{n_t} x {n_y}", "levels" if n_y == 1 else "masks", n_t, n_y) for n_t, n_y in GRID] + [
+    VarianceCell("stratified", "stratified", 1, BUDGET),
+    VarianceCell("coupled", "coupled", 1, BUDGET // 2),
+    VarianceCell("adaptive", "adaptive", 1, BUDGET),
 ]
 
 
 @dataclass(frozen=True)
-class Pool:
+class DrawPool:
     """A views part with its options, and the number of the pool, which keys its noise."""
 
     number: int
@@ -78,14 +78,14 @@ class Pool:
     options: dict[str, Any]
 
 
-def pools_of(form: str, edges: Sequence[float]) -> dict[str, Pool]:
+def pools_of(form: str, edges: Sequence[float]) -> dict[str, DrawPool]:
     """The designs that are measured, around the l-form (`elbo`) or the t-form (`time_form`)."""
     return {
-        "levels": Pool(0, form, {"draws": BUDGET}),
-        "masks": Pool(1, form, {"draws": BUDGET, "masks_per_level": BUDGET}),
-        "stratified": Pool(2, form, {"draws": BUDGET, "levels": "stratified"}),
-        "coupled": Pool(3, "coupled", {"draws": BUDGET // 2}),
-        "adaptive": Pool(4, "adaptive", {"draws": BUDGET, "edges": list(edges)}),
+        "levels": DrawPool(0, form, {"draws": BUDGET}),
+        "masks": DrawPool(1, form, {"draws": BUDGET, "masks_per_level": BUDGET}),
+        "stratified": DrawPool(2, form, {"draws": BUDGET, "levels": "stratified"}),
+        "coupled": DrawPool(3, "coupled", {"draws": BUDGET // 2}),
+        "adaptive": DrawPool(4, "adaptive", {"draws": BUDGET, "edges": list(edges)}),
     }
 
 
@@ -108,7 +108,7 @@ class Setting:
     def num_pairs(self) -> int:
         return len(self.batch) // 2
 
-    def views(self, pool: Pool, purpose: str, profile: Profile, pairs: int | None = None) -> Iterator[Views]:
+    def views(self, pool: DrawPool, purpose: str, profile: Profile, pairs: int | None = None) -> Iterator[Views]:
         """The views of each repeat, of the first `pairs` pairs."""
         part = load_part("views", pool.views)
         batch = self.batch if pairs is None else first_samples(self.batch, 2 * pairs)
@@ -117,7 +117,7 @@ class Setting:
             yield part.make(batch, None, part.Config(**pool.options), stream, pool.number * self.repeats + repeat, profile)
 
     @torch.no_grad()
-    def draws(self, network: nn.Module, pool: Pool, purpose: str, tick: Tick) -> np.ndarray:
+    def draws(self, network: nn.Module, pool: DrawPool, purpose: str, tick: Tick) -> np.ndarray:
         """float64 [2 N, R, K], every draw of a pool."""
         parts = []
         for views in self.views(pool, purpose, network.profile):
@@ -126,7 +126,7 @@ class Setting:
             tick(views.num_rows)
         return np.stack(parts, 1)
 
-    def levels(self, pool: Pool) -> np.ndarray:
+    def levels(self, pool: DrawPool) -> np.ndarray:
         """float64 [2 N, R, K], the noise level of every draw of a pool of independent levels."""
         stream, count = Noise(self.seed).stream("views"), pool.options["draws"]
         shape = (len(self.batch), self.repeats, count)
@@ -145,12 +145,12 @@ class Draws:
     shared: dict[str, np.ndarray]
     independent: dict[str, np.ndarray]
 
-    def estimates(self, cell: Cell, shared: bool) -> tuple[np.ndarray, np.ndarray]:
+    def estimates(self, cell: VarianceCell, shared: bool) -> tuple[np.ndarray, np.ndarray]:
         """[2 N, replicates, groups] of the policy and of the reference."""
         reference = self.shared if shared else self.independent
         return tuple(cell_values(_grid(pools[cell.pool], cell.pool), cell.n_t, cell.n_y) for pools in (self.policy, reference))
 
-    def scores(self, cell: Cell, shared: bool, beta: float) -> np.ndarray:
+    def scores(self, cell: VarianceCell, shared: bool, beta: float) -> np.ndarray:
         """[N, replicates, groups], the preference score of each pair."""
         policy, reference = self.estimates(cell, shared)
         gain = beta * (policy - reference)
@@ -236,16 +236,16 @@ class Laboratory:
         refits = 0 if self.edges else 2
         return len(pools_of("elbo", [])) * (per_pool + gradients) + per_pool * (10 if first else refits)
 
-    def _pools(self, edges: Sequence[float]) -> dict[str, Pool]:
+    def _pools(self, edges: Sequence[float]) -> dict[str, DrawPool]:
         return pools_of(self.setting.form, edges)
 
-    def _of_reference(self, pool: Pool, purpose: str) -> np.ndarray:
+    def _of_reference(self, pool: DrawPool, purpose: str) -> np.ndarray:
         key = (repr(pool), purpose)
         if key not in self._kept:
             self._kept[key] = self.setting.draws(self.reference, pool, purpose, self.tick)
         return self._kept[key]
 
-    def _fit(self, difference: np.ndarray, pool: Pool) -> list[float]:
+    def _fit(self, difference: np.ndarray, pool: DrawPool) -> list[float]:
         """The edges of least variance for the shared difference; none, which are equal cells, where it is 0 as for the reference itself."""
         if not difference.any():
             return []
@@ -254,7 +254,7 @@ class Laboratory:
         flat = len(difference), -1
         return best_edges(difference.reshape(flat), self._levels.reshape(flat), BUDGET)
 
-    def _gradient_variances(self, policy: nn.Module, pools: dict[str, Pool], draws: Draws) -> dict[tuple[str, bool], float]:
+    def _gradient_variances(self, policy: nn.Module, pools: dict[str, DrawPool], draws: Draws) -> dict[tuple[str, bool], float]:
         """Trace of the covariance of a pair's loss gradient, mean over pairs, by cell and kind of noise."""
         totals: dict[tuple[str, bool], float] = {}
         for name, pool in pools.items():
@@ -271,7 +271,7 @@ class Laboratory:
                     totals[cell.name, shared] = float(np.mean(variances))
         return totals
 
-    def _gradients(self, policy: nn.Module, pool: Pool) -> np.ndarray:
+    def _gradients(self, policy: nn.Module, pool: DrawPool) -> np.ndarray:
         """float32 [2 n, R, K, F], the gradient of every draw."""
         parts = []
         for views in self.setting.views(pool, "views", policy.profile, self.gradient_pairs):
@@ -296,8 +296,8 @@ def first_samples(batch: Batch, count: int) -> Batch:
         group=batch.group[:count],
         prompts=batch.prompts[:count],
         completions=batch.completions[:count],
-        length=batch.length[:count],
-        span=batch.span[:count],
+        response_length=batch.response_length[:count],
+        scored_length=batch.scored_length[:count],
         rewards=batch.rewards[: int(batch.group[count - 1]) + 1],
         member=batch.member[:count],
     )
@@ -348,7 +348,7 @@ def _grid(draws: np.ndarray, pool: str) -> np.ndarray:
     return draws.reshape(len(draws), -1, 1, *draws.shape[3:]) if pool == "levels" else draws
 
 
-def _over_draws(gradients: np.ndarray, cell: Cell) -> np.ndarray:
+def _over_draws(gradients: np.ndarray, cell: VarianceCell) -> np.ndarray:
     """[2 n, replicates, groups, F] from gradients [2 n, R, K, F]."""
     grid = np.moveaxis(_grid(gradients, cell.pool), -1, 1)
     return np.moveaxis(cell_values(grid, cell.n_t, cell.n_y), 1, -1)
@@ -379,7 +379,7 @@ def exact_scores(policy: list[Exact], reference: list[Exact], beta: float) -> np
     return beta * (gain[0::2] - gain[1::2])
 
 
-def _exact_variance(law: Exact, cell: Cell, edges: Sequence[float]) -> float:
+def _exact_variance(law: Exact, cell: VarianceCell, edges: Sequence[float]) -> float:
     if cell.pool == "stratified":
         return law.stratified_variance(BUDGET)
     if cell.pool == "coupled":
@@ -390,9 +390,9 @@ def _exact_variance(law: Exact, cell: Cell, edges: Sequence[float]) -> float:
 
 
 def _all_sums(network: nn.Module, setting: Setting, sample: int) -> tuple[np.ndarray, np.ndarray]:
-    length = int(setting.batch.span[sample])
+    length = int(setting.batch.scored_length[sample])
     masks = np.array(list(itertools.islice(itertools.product((False, True), repeat=length), 1, None)))
-    views = build_views(setting.batch, [Row(sample, number, mask) for number, mask in enumerate(masks)], len(masks), network.profile)
+    views = build_views(setting.batch, [NoisyRow(sample, number, mask) for number, mask in enumerate(masks)], len(masks), network.profile)
     log_prob = token_log_probs(network, views, setting.max_tokens, setting.device)
     return masks, sequence_draws(log_prob.double(), views)[sample].numpy()
 
@@ -421,14 +421,7 @@ def small_problem(seed: int, num_pairs: int = 8, vocabulary: int = 4, longest: i
     random = Noise(seed).generator("variance/problem")
     length = random.integers(2, longest + 1, 2 * num_pairs)
     length[:2] = longest
-    batch = Batch(
-        uid=np.arange(2 * num_pairs, dtype=np.uint64),
-        group=np.repeat(np.arange(num_pairs), 2),
-        prompts=[random.integers(0, vocabulary, 2).astype(np.int32) for _ in range(num_pairs) for _ in range(2)],
-        completions=[random.integers(0, vocabulary, size).astype(np.int32) for size in length],
-        length=length,
-        span=length,
-        rewards=np.tile([1.0, 0.0], (num_pairs, 1)),
-        member=np.tile([0, 1], num_pairs),
-    )
+    prompts = [random.integers(0, vocabulary, 2) for _ in range(2 * num_pairs)]
+    responses = [random.integers(0, vocabulary, size) for size in length]
+    batch = sequence_batch(prompts, responses, range(2 * num_pairs), rewards=np.tile([1.0, 0.0], (num_pairs, 1)))
     return policy, reference, batch
