@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,7 @@ def test_a_run_with_other_weights_in_its_generator_is_warned(
 ) -> None:
     generate = Generator.generate
 
+    @wraps(generate)
     def drifting(self: Generator, *arguments: object) -> list[Rollout]:
         with torch.no_grad():
             for weight in self.network.parameters():
