@@ -123,11 +123,11 @@ def rollout_metrics(rollouts: list[Rollout], eos_id: int) -> dict[str, float]:
     }
     grades = [grade for rollout in rollouts for grade in rollout.step_rewards]
     if grades:
-        values = [grade.value for grade in grades if grade.valid]
-        metrics["step_reward/mean"] = float(np.mean(values)) if values else float("nan")
-        metrics["step_reward/invalid_share"] = 1 - len(values) / len(grades)
-    for label in dict.fromkeys(label for rollout in rollouts for label in rollout.reward.parts):
-        parts = [rollout.reward.parts[label] for rollout in rollouts if label in rollout.reward.parts]
+        of_steps = [grade.value for grade in grades if grade.valid]
+        metrics["step_reward/mean"] = float(np.mean(of_steps)) if of_steps else float("nan")
+        metrics["step_reward/invalid_share"] = 1 - len(of_steps) / len(grades)
+    for label in dict.fromkeys(label for reward in rewards for label in reward.parts):
+        parts = [reward.parts[label] for reward in rewards if label in reward.parts]
         valid = [part.value for part in parts if part.valid]
         metrics[f"reward/part/{label}"] = float(np.mean(valid)) if valid else float("nan")
     if hits := sum(reward.cached for reward in rewards):
