@@ -103,8 +103,9 @@ def load_file(file: str) -> ModuleType:
     """
     path = Path(file).resolve()
     if not path.is_file():
-        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
-        raise RecipeError(f"file not found: {file}{near}; give its path from the folder of the recipe, or an absolute one")
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.py")], n=1)
+        hint = did_you_mean(path.name, near) if near else ""
+        raise RecipeError(f"file not found: {file}{hint}; give its path from the folder of the recipe, or an absolute one")
     name = _FILE_MODULE + str(path).encode().hex()
     if name in sys.modules and vars(sys.modules[name])["__changed__"] != _changed(path):
         del sys.modules[name]
@@ -123,6 +124,16 @@ def absolute_file(name: Any, folder: Path) -> Any:
         return name
     places = [os.path.abspath(os.path.join(base, os.path.expanduser(match[1]))) for base in (folder, Path.cwd())]
     return next(filter(os.path.isfile, places), places[0]) + (match[2] or "")
+
+
+def short_name(name: str) -> str:
+    """The last word of a part's name.
+
+    Example:
+        >>> [short_name(name) for name in ("coupled", "my_package.my_views", "/recipes/my_views.py")]
+        ['coupled', 'my_views', 'my_views']
+    """
+    return re.split(r"[./]", name.removesuffix(".py"))[-1]
 
 
 def title(module: ModuleType) -> str:
@@ -221,9 +232,9 @@ def part_config(module: ModuleType, options: Mapping[str, Any]) -> Any:
     try:
         config = OmegaConf.structured(schema)
     except OmegaConfBaseException as error:
-        raise KeyedError(f"the Config of {title(module)} cannot be read: {one_line(error)}", "") from error
+        raise KeyedError(f"the Config of {title(module)} cannot be read: {one_line(error)}", error.full_key or "") from error
     OmegaConf.set_readonly(config, False)  # the dataclass is frozen, the node that collects its values must not be
-    owner = re.split(r"[./]", title(module).removesuffix(".py"))[-1]
+    owner = short_name(title(module))
     for key, value in flatten({key: value for key, value in options.items() if key != "name"}):
         assign(config, schema, key, value, owner)
     try:

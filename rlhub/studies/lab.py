@@ -19,7 +19,7 @@ from rich.table import Table
 from rlhub.config.recipe import load_options
 from rlhub.errors import RecipeError
 from rlhub.files import plain, replace_file
-from rlhub.parts import load_part, part_names
+from rlhub.parts import load_part, part_names, short_name
 from rlhub.records.progress import RunProgress
 from rlhub.studies.labs import Check, Verdict, seconds_of_arms
 
@@ -41,7 +41,7 @@ def run_lab(name: str, overrides: Sequence[str] = (), out: Path | None = None, c
     """Run what is missing of an experiment, write its folder and return what `verdict.json` holds.
 
     Args:
-        name: a module of `rlhub.studies.labs`, or the dotted path of your own; its settings are those of `recipes/labs/<name>.yaml`.
+        name: a module of `rlhub.studies.labs`, or the dotted path or file of your own; its settings are in `recipes/labs/<name>.yaml`.
         out: the folder; `runs/lab_<name>` by default.
 
     Raises:
@@ -49,7 +49,7 @@ def run_lab(name: str, overrides: Sequence[str] = (), out: Path | None = None, c
     """
     console = console or Console()
     module = load_part("labs", name)
-    short = name.rpartition(".")[2]
+    short = short_name(name)
     config = load_options(module, _recipe_of(short), overrides)
     if not config.seeds:
         raise RecipeError("seeds: none are left; give at least one, such as seeds=[0]")
