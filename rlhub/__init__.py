@@ -8,10 +8,9 @@ Example:
 
 from __future__ import annotations
 
-import sys
-from importlib.machinery import ModuleSpec, PathFinder
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rlhub import siblings
 
 if TYPE_CHECKING:
     from rlhub.api import (
@@ -66,19 +65,7 @@ __all__ = [  # of rlhub.api, which a test compares
     "train",
 ]
 
-ROOT = str(Path(__file__).resolve().parent.parent)  # where the packages of this project lie side by side
-SIBLINGS = ("rewards", "workers")
-
-
-class _Siblings:
-    """Finds the packages beside this one there, whatever stands earlier on the path: `rewards.py` is a likely name for a user's grader."""
-
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return PathFinder.find_spec(name, [ROOT]) if name in SIBLINGS else None
-
-
-sys.meta_path.insert(0, _Siblings)  # type: ignore[arg-type]
+siblings.install()
 
 
 def __getattr__(name: str) -> Any:

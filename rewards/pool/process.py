@@ -20,8 +20,8 @@ import psutil
 
 from rewards.pool.child import IDLE, LENGTH, PROGRESS, TOGETHER
 from rewards.pool.settings import RewardPoolConfig
-from rlhub import ROOT
 from rlhub.errors import UserError
+from rlhub.siblings import ROOT
 
 START_SECONDS = 120.0  # for a process to load its grader
 POLL_SECONDS = 0.05  # between looks at a busy process's clock and memory

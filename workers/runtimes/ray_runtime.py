@@ -21,8 +21,8 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlhub import ROOT, SIBLINGS
 from rlhub.errors import RecipeError, WorkerLost
+from rlhub.siblings import ROOT, SIBLINGS
 from workers.runtimes.runtime import Future, Handle, Interval, Resources, T, T_co, Ts, W, W_co
 
 
@@ -244,11 +244,11 @@ def _own_packages(root: str) -> Callable[[], None]:
     """
 
     def import_rlhub() -> None:  # pickled by value, since nothing of ours can be imported before it has run
+        import importlib
         import sys
 
         sys.path.insert(0, root)
-        import rlhub  # noqa: F401
-
+        importlib.import_module("rlhub")
         sys.path.remove(root)
 
     return import_rlhub
