@@ -58,7 +58,7 @@ def test_an_epoch_holds_every_token_once(packing, length):
         rows = [packed.row(epoch * packed.rows_per_epoch + place) for place in range(packed.rows_per_epoch)]
         assert all(len(tokens) == length for tokens, _ in rows[:-1]) and 1 <= len(rows[-1][0]) <= length
         stream = np.concatenate([tokens for tokens, _ in rows]).tolist()
-        order = Noise(0).generator("data/documents/order", uid=epoch).permutation(20)
+        order = Noise(0).generator("data/documents/order", epoch=epoch).permutation(20)
         end = [EOS] if packing == "eod" else []
         assert stream == [token for index in order for token in docs[index].tolist() + end]
         assert all(document[0] == 0 and (np.diff(document) >= 0).all() for _, document in rows)
