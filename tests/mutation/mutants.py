@@ -169,10 +169,12 @@ def sample(files: Iterable[Path], count: int, seed: int) -> Iterator[Mutant]:
 
 
 def is_another_program(code: str, source: str) -> bool:
+    """Not what differs in types alone, nor what does not compile or Python warns of (`is` with a literal)."""
     try:
-        with warnings.catch_warnings(action="ignore"):
-            return meaning(code) != meaning(source)
-    except SyntaxError:
+        with warnings.catch_warnings(action="error"):
+            compile(code, "mutant", "exec")
+        return meaning(code) != meaning(source)
+    except (SyntaxError, SyntaxWarning):
         return False
 
 

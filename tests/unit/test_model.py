@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from rlhub.checkpoints.export import export
 from rlhub.checkpoints.folders import family_of
-from rlhub.checkpoints.sealed import read_manifest, remove_old_checkpoints, write_manifest
+from rlhub.checkpoints.sealed import (
+    checkpoint_name,
+    read_manifest,
+    remove_old_checkpoints,
+    resolve_model_path,
+    sealed_checkpoints,
+    write_manifest,
+)
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.errors import CheckpointError
 from rlhub.models.llada import LORA_TARGETS, Config, LLaDA
@@ -238,6 +245,35 @@ def test_a_sealed_checkpoint_reads_back_and_damage_is_found(tmp_path):
     with pytest.raises(CheckpointError, match="corrupt"):
         export(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["gone", "longer", "manifest gone", "manifest torn", "manifest without its step"])
+def test_any_damage_of_a_checkpoint_is_one_line(tmp_path, damage):
+    folder = sealed(tmp_path, "step_00001")
+    weights, manifest = folder / "hf" / "model.safetensors", folder / "manifest.json"
+    if damage == "gone":
+        weights.unlink()
+    elif damage == "longer":
+        weights.write_bytes(weights.read_bytes() + b"x")
+    elif damage == "manifest gone":
+        manifest.unlink()
+    elif damage == "manifest torn":
+        manifest.write_text(manifest.read_text()[:20])
+    else:
+        facts = json.loads(manifest.read_text())
+        del facts["step"]
+        manifest.write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError) as caught:
+        read_manifest(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_checkpoints_are_in_the_order_of_training(tmp_path):
+    for name, phase in (("step_00002", "online"), ("step_00010", "online"), ("sft_step_00900", "sft"), ("sft_step_00100", "sft")):
+        sealed(tmp_path, name, phase)
+    assert [path.name for path in sealed_checkpoints(tmp_path)] == ["sft_step_00100", "sft_step_00900", "step_00002", "step_00010"]
+    assert resolve_model_path(tmp_path) == tmp_path / "checkpoints" / "step_00010" / "hf"
+    assert checkpoint_name("online", 7) == "step_00007" and checkpoint_name("sft", 12) == "sft_step_00012"
 
 
 def test_old_and_unsealed_checkpoints_go(tmp_path):

@@ -32,6 +32,7 @@ class Row:
         ("@property", "", True),
         ("strict=True", "strict=False", False),
         ("return x + 1", "return x +", False),
+        ("return x + 1", "return x is 1", False),
     ],
 )
 def test_types_assertions_and_broken_syntax_are_no_mutants(old: str, new: str, counts: bool) -> None:

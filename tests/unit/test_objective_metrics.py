@@ -133,6 +133,14 @@ def test_kto_counts_its_labels_and_how_many_are_on_their_side() -> None:
     assert metrics == {"kto/reference_point": 0.0, "kto/desirable": 0.0, "kto/labelled": 0.0}
 
 
+def test_one_sample_that_counts_has_the_whole_mean() -> None:
+    scores = Scores(likelihood(tensor([2.0, 5.0])), reference=likelihood(tensor([1.0, 5.0])))
+    loss, metrics = kto.loss(scores, credit_of([0.0] * 2, [True] * 2, labels=tensor([1.0, 0.0])), kto.Config(beta=0.5))
+    assert metrics["kto/reference_point"] == 1.0 and loss.item() == pytest.approx(0.5), "at the reference point"
+    loss, _ = sft.loss(scores, credit_of([1.0] * 2, [True, False]), sft.Config())
+    assert loss.item() == pytest.approx(-1.0)
+
+
 def test_supervised_loss_is_told_per_token() -> None:
     scores = Scores(likelihood(tensor([-2.0, -4.0, -9.0])))
     loss, metrics = sft.loss(scores, credit_of([1.0] * 3, [True, True, False]), sft.Config())
