@@ -359,9 +359,10 @@ def test_the_base_without_its_adapter_is_the_reference_that_a_scorer_holds(netwo
         with torch.no_grad():  # an adapter that does something
             for number, weight in enumerate(weights):
                 weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)), alpha=0.3)
-        views, scorer = learner.make_views(batch), Scorer(str(folder), 64)
-        scores = [] if reference == "adapter_off" else [scorer.score(views) if shared_noise else scorer.estimate(algorithm, 0, batch)]
-        return learner.step(batch, views, *scores), weights
+        credited = learner.algorithm.credited(batch)
+        views, scorer = learner.make_views(credited), Scorer(str(folder), 64)
+        scores = [] if reference == "adapter_off" else [scorer.score(views) if shared_noise else scorer.estimate(algorithm, 0, credited)]
+        return learner.step(credited, views, *scores), weights
 
     (mine, weights), (theirs, others) = trained("adapter_off"), trained("frozen")
     assert mine["kl"] > 0.01 and mine == theirs

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from rewards import Item
 from rlhub.algorithm.batching import make_batch
 from rlhub.algorithm.compose import Algorithm
 from rlhub.config.recipe import load_recipe
@@ -37,9 +38,9 @@ class Graders:
     def __init__(self, grader: Callable[[str], RewardResult]) -> None:
         self.grader, self.seen = grader, []
 
-    def map(self, method: str, batches: Sequence[tuple], give_up: object = None, **options: object) -> list[list[RewardResult]]:
-        self.seen += [item for (items, *_) in batches for item in items]
-        return [[self.grader(text) for _, text, _ in items] for (items, *_) in batches]
+    def grade(self, batches: Sequence[Sequence[Item]]) -> list[list[RewardResult]]:
+        self.seen += [item for items in batches for item in items]
+        return [[self.grader(text) for _, text, _ in items] for items in batches]
 
 
 def filled(text: str) -> RewardResult:

@@ -101,14 +101,14 @@ def test_inner_updates_are_clipped_against_the_weights_that_began_the_batch(fold
         reference="frozen",
     )
     learner, batch = learner_of(folder, algorithm, tokens=tokens), graded_batch()
-    before, views = flat(learner.network), learner.make_views(batch)
+    before, views = flat(learner.network), learner.make_views(learner.algorithm.credited(batch))
     assert len(views) == (updates if fresh == "update" else 1)
     other = load_network(folder)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
     reference = [{index: token_log_probs(other, one, 10**9)} for index, one in enumerate(views)] if coefficient else []
-    metrics = learner.step(batch, views, *reference)
+    metrics = learner.step(learner.algorithm.credited(batch), views, *reference)
     expected, cut = written_out(folder, views, updates, clip, other if coefficient else None, coefficient)
     change = flat(expected) - before
     assert (flat(learner.network) - flat(expected)).norm() <= 1e-3 * change.norm()
@@ -119,16 +119,16 @@ def test_inner_updates_are_clipped_against_the_weights_that_began_the_batch(fold
 def test_a_ratio_starts_at_one_in_every_batch(folder):
     """The first update of a batch is compared with the weights of now, not with those of an earlier batch."""
     learner, batch = learner_of(folder, AlgorithmConfig(views={"name": "elbo"}, updates=2)), graded_batch()
-    learner.step(batch)
+    learner.step(learner.algorithm.credited(batch))
     learner.begin(AlgorithmConfig(views={"name": "elbo"}, updates=1), OPTIMIZER, 100)
-    assert learner.step(batch)["ratio/max"] == 1.0
+    assert learner.step(learner.algorithm.credited(batch))["ratio/max"] == 1.0
 
 
 def test_views_that_are_made_here_are_those_that_are_handed_in(folder):
     algorithm, batch = AlgorithmConfig(views={"name": "elbo"}, updates=2), graded_batch()
     one, other = learner_of(folder, algorithm), learner_of(folder, algorithm)
-    one.step(batch)
-    other.step(batch, other.make_views(batch))
+    one.step(one.algorithm.credited(batch))
+    other.step(other.algorithm.credited(batch), other.make_views(other.algorithm.credited(batch)))
     assert torch.equal(flat(one.network), flat(other.network))
 
 
@@ -137,11 +137,13 @@ def test_an_estimate_of_the_reference_serves_as_its_log_probs(folder):
     batch, found = graded_batch(), []
     for ready in (False, True):
         learner = learner_of(folder, algorithm)
-        (views,) = learner.make_views(batch)
+        (views,) = learner.make_views(learner.algorithm.credited(batch))
         log_prob = token_log_probs(learner.network, views, 10**9) - 0.5
         value = elbo(log_prob, views)
-        estimate = LogLikelihood(value, "lower", "sequence", views.length, draws=value[:, None].expand(-1, views.num_draws))
-        found.append((learner.step(batch, [views], {0: estimate if ready else log_prob})["kl"], flat(learner.network)))
+        estimate = LogLikelihood(value, "lower", "sequence", views.scored_length, draws=value[:, None].expand(-1, views.num_draws))
+        found.append(
+            (learner.step(learner.algorithm.credited(batch), [views], {0: estimate if ready else log_prob})["kl"], flat(learner.network))
+        )
     assert found[0][0] == pytest.approx(found[1][0]) and found[0][0] > 0
     torch.testing.assert_close(found[0][1], found[1][1])
 
@@ -160,7 +162,7 @@ def test_the_norm_and_learning_rate_of_a_step_are_told(folder):
         return norm, rate
 
     learner.backend.step = noted
-    told = [learner.step(batch) for _ in range(2)]
+    told = [learner.step(learner.algorithm.credited(batch)) for _ in range(2)]
     assert [one["learning_rate"] for one in told] == pytest.approx([0.01 * (1 - 2 / 6), 0.01 * (1 - 5 / 6)])
     assert [one["grad_norm"] for one in told] == pytest.approx([np.mean(norms[:3]), np.mean(norms[3:])])
     assert len(set(norms)) == 6
@@ -171,10 +173,10 @@ def test_what_is_saved_goes_on_as_if_nothing_had_happened(folder, tmp_path):
     optimizer = OptimizerConfig(learning_rate=0.01, warmup_steps=0, schedule="cosine", final_fraction=0.0)
     algorithm, batch = AlgorithmConfig(views={"name": "elbo"}, updates=2), graded_batch()
     learner = learner_of(folder, algorithm, optimizer)
-    learner.step(batch)
+    learner.step(learner.algorithm.credited(batch))
     learner.save(str(tmp_path))
-    after = learner.step(batch), flat(learner.network)
+    after = learner.step(learner.algorithm.credited(batch)), flat(learner.network)
     again = learner_of(folder, algorithm, optimizer)
     again.load(str(tmp_path))
     assert torch.equal(flat(load_network(tmp_path / "hf")), flat(again.network))
-    assert again.step(batch) == after[0] and torch.equal(flat(again.network), after[1])
+    assert again.step(again.algorithm.credited(batch)) == after[0] and torch.equal(flat(again.network), after[1])

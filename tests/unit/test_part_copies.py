@@ -30,7 +30,8 @@ from rlhub.inference import Model
 from rlhub.models import llada
 from rlhub.noise import Noise
 from rlhub.parts import load_part, part_names
-from rlhub.planning.plan import make_plan, sampler_text
+from rlhub.planning.plan import make_plan
+from rlhub.planning.view import sampler_text
 from rlhub.records.metrics import read_metrics, without_clocks
 from rlhub.studies.lab import claim_of
 from rlhub.tasks import load_task, task_tokenizer

@@ -14,7 +14,7 @@ from rewards import load_grader
 from rewards.pool.pool import RewardPool
 from rewards.pool.settings import RewardPoolConfig
 from rlhub.algorithm.compose import Algorithm
-from rlhub.config.recipe import load_recipe, save_recipe
+from rlhub.config.recipe import dump_recipe, load_recipe
 from rlhub.config.schema import AlgorithmConfig
 from rlhub.errors import RecipeError
 from rlhub.parts import load_part, part_config, part_names
@@ -36,7 +36,7 @@ def schedule(canvas_length, steps, block_length, config): return transfer_schedu
 def choose(state, schedule, uniforms, config, deferred=None): ...
 """,
     "advantages": "def assign(rewards, batch, config): ...",
-    "views": "def make(batch, credit, config, noise, update): ...\ndef rows_per_sample(config, steps): return 1",
+    "views": "def make(batch, credit, config, noise, update, profile): ...\ndef rows_per_sample(config, steps): return 1",
     "likelihoods": "def estimate(log_prob, views, credit, config): ...",
     "objectives": "def loss(scores, credit, config): ...",
     "tasks": "def build(config, split, seed): ...",
@@ -93,7 +93,7 @@ def test_a_file_beside_the_recipe_is_a_part_of_every_kind(folder, kind, tmp_path
     recipe_file.write_text(nested(KEYS[kind], f"./my_{kind}.py"))
     recipe = load_recipe(recipe_file)
     assert value_of(recipe, KEYS[kind]) == str(file)
-    save_recipe(recipe, tmp_path / "config.yaml")  # as a run folder has it
+    (tmp_path / "config.yaml").write_text(dump_recipe(recipe))  # as a run folder has it
     monkeypatch.chdir(tmp_path)
     assert load_recipe(tmp_path / "config.yaml") == recipe
     monkeypatch.chdir(folder)

@@ -128,7 +128,7 @@ GOOD = json.dumps(ROWS[0]) + "\n"
     ("name", "content", "arguments", "words"),
     [
         ("math_answer", None, [], ["not found"]),
-        ("math_anser", GOOD, [], ["unknown reward 'math_anser'", "did you mean 'math_answer'"]),
+        ("math_anser", GOOD, [], ["rewards has no 'math_anser'", "did you mean math_answer"]),
         ("math_answer", GOOD, ["no=1"], ["unknown option 'no'"]),
         ("math_answer", GOOD, ["loud"], ["KEY=VALUE", "'loud'"]),
         ("nowhere.py:f", GOOD, [], ["nowhere.py"]),

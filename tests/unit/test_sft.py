@@ -264,7 +264,7 @@ def test_auto_is_the_familys_weight(tmp_path):
 def hidden_of(batch: Batch) -> list[list[int]]:
     """Places that are hidden in each sample of a batch."""
     algorithm = Algorithm.compose(supervised_algorithm(SFTConfig(), "inverse_t"))
-    views = algorithm.make_views(batch, algorithm.credit(batch), Noise(0), 0)
+    views = algorithm.make_views(batch, algorithm.credit(batch), Noise(0), 0, PROFILE)
     return [views.score_token[views.score_sample == sample].tolist() for sample in range(len(batch))]
 
 
@@ -289,7 +289,7 @@ def test_the_same_demonstration_is_hidden_otherwise_in_every_step(tiny, tmp_path
 
 
 def test_the_same_document_is_hidden_otherwise_in_every_step():
-    packed = PackedDocuments([np.arange(16, dtype=np.int32)], "direct", 16, eos_id=EOS, mask_id=MASK, noise=Noise(0))
+    packed = PackedDocuments([np.arange(16, dtype=np.int32)], "direct", 16, eos_id=EOS, noise=Noise(0))
     hidden = [tuple(row) for step in range(1, 21) for row in hidden_of(packed.batch(step, 2))]
     assert len(set(hidden)) > 30
 
@@ -312,7 +312,7 @@ def test_the_first_eos_is_a_part_of_a_demonstration(tiny, tmp_path):
 
 
 def test_a_demonstration_that_fills_the_canvas_has_no_eos(tiny):
-    recipe = tiny(*ALONE, "algorithm.response_length=response")
+    recipe = tiny(*ALONE, "algorithm.length=response")
     batch = demonstration_batch(load_task("sort", recipe.task.train, "train", 0), task_tokenizer("sort", {}), recipe, 1)
     assert batch.response_length.tolist() == batch.scored_length.tolist() == [4] * 8 and {len(one) for one in batch.completions} == {4}
 
@@ -346,7 +346,7 @@ def test_recipes_train_with_each_key(tiny, tmp_path, keys):
         ("sft.eos_padding=frist", "did you mean first"),
         ("sft.loss_weight=kart", "did you mean cart"),
         ("sft.mask_range=[0.8, 0.3]", "ascend"),
-        ("sft.random_length=2", "a share, 0 to 1"),
+        ("sft.random_length=2", r"must be in \[0, 1\]"),
     ],
 )
 def test_wrong_keys_are_told(tiny, key, message):
