@@ -93,7 +93,8 @@ def measure(shape: str, device: str, rows: int, length: int, steps: int, rank: i
         learner = Learner(str(adapter), LearnerConfig(backend="torch", micro_batch_tokens=tokens), 0, device=device, dtype=dtype)
         algorithm = AlgorithmConfig(views={"name": "elbo", "draws": 1}, behavior="detach", reference="none")
         learner.begin(algorithm, OptimizerConfig(), 2 * repeats + 2)
-        batch = sequence_batch(list(ids[:, :half]), list(ids[:, half:]), range(rows), rewards=np.linspace(0, 1, rows)[None])
+        samples = sequence_batch(list(ids[:, :half]), list(ids[:, half:]), range(rows), rewards=np.linspace(0, 1, rows)[None])
+        batch = learner.algorithm.credited(samples)
         speed("lora_step", seconds(lambda: learner.step(batch)), 3 * flops)
     if device == "cuda":
         found["hardware"] = torch.cuda.get_device_name()

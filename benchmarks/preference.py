@@ -178,14 +178,15 @@ def measure(sizes: Sizes) -> dict[str, Any]:
     learner.begin(recipe.algorithm, recipe.learner.optimizer, 1)
     learner.backend = GradientOnly(learner.network, recipe.learner.optimizer, 1, recipe.learner)
     batch = make_pairs(sizes).batch(range(sizes.pairs))
-    (views,) = learner.make_views(batch)
+    credited = learner.algorithm.credited(batch)
+    (views,) = learner.make_views(credited)
     plain = PlainDPO.of(views, batch, recipe.algorithm)
     rounds = []
     for _ in range(sizes.repeats):
         learner.network.zero_grad()
         policy.zero_grad()
-        score = Timed.of(scorer.estimate, recipe.algorithm, recipe.run.seed, batch)
-        step = Timed.of(learner.step, batch, None, score.result)
+        score = Timed.of(scorer.estimate, recipe.algorithm, recipe.run.seed, credited)
+        step = Timed.of(learner.step, credited, None, score.result)
         rounds.append((score, step, Timed.of(plain.backward, policy, reference)))
     loss = rounds[-1][2].result
     cached = [step.seconds for _, step, _ in rounds]

@@ -58,7 +58,8 @@ def measure(draws: int, micro_batch_tokens: int) -> float:
     random = Noise(0).generator("benchmark")
     prompts = [random.integers(0, 256, PROMPT) for _ in range(2 * PAIRS)]
     responses = [random.integers(0, 256, RESPONSE) for _ in range(2 * PAIRS)]
-    batch = sequence_batch(prompts, responses, range(2 * PAIRS), rewards=np.tile([1.0, 0.0], (PAIRS, 1)))
+    pairs = sequence_batch(prompts, responses, range(2 * PAIRS), rewards=np.tile([1.0, 0.0], (PAIRS, 1)))
+    batch = learner.algorithm.credited(pairs)
     before = _peak_megabytes()
     views = learner.make_views(batch)
     learner.step(batch, views, {0: token_log_probs(reference, views[0], min(micro_batch_tokens, 4096))})

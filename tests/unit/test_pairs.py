@@ -26,6 +26,7 @@ from rlhub.config.schema import Recipe
 from rlhub.errors import DataError, RecipeError
 from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
+from rlhub.records.metrics import read_metrics
 from rlhub.training.pair_sampling import best_and_worst, sample_pairs
 from rlhub.training.run import train
 

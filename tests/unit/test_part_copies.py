@@ -28,6 +28,7 @@ from rlhub.config.schema import AlgorithmConfig, Recipe, SamplerConfig
 from rlhub.engines.torch_engine import Engine
 from rlhub.inference import Model
 from rlhub.models import llada
+from rlhub.networks.profile import Profile
 from rlhub.noise import Noise
 from rlhub.parts import load_part, part_names
 from rlhub.planning.plan import make_plan
@@ -220,6 +221,7 @@ COMPOSITIONS = [
     {"advantage": "group_mean", "views": "trajectory", "likelihood": "trajectory", "objective": "token_clip"},
 ]
 STEPS, LENGTH = 4, 4
+PROFILE = Profile(mask_id=0, eos_id=1, stop_ids=(1,), pad_id=1, lora_targets="")
 
 
 def one_batch(step_rewards: bool) -> Batch:
@@ -234,11 +236,10 @@ def one_batch(step_rewards: bool) -> Batch:
         group=np.repeat(np.arange(2), 4),
         prompts=[draws.integers(2, 9, 1 + sample // 4).astype(np.int32) for sample in range(8)],
         completions=[draws.integers(2, 9, LENGTH).astype(np.int32) for _ in range(8)],
-        length=np.full(8, LENGTH),
-        span=np.full(8, LENGTH),
+        response_length=np.full(8, LENGTH),
+        scored_length=np.full(8, LENGTH),
         rewards=rewards,
         member=np.tile(np.arange(4), 2),
-        mask_id=0,
         unmask_step=steps,
         block_length=LENGTH,
         step_rewards=draws.integers(0, 3, (2, 4, STEPS)).astype(float) if step_rewards else None,
@@ -250,7 +251,7 @@ def one_step(parts: dict[str, str]) -> tuple[torch.Tensor, dict[str, float], dic
     algorithm = Algorithm.compose(AlgorithmConfig(**{key: {"name": name} for key, name in parts.items()}, reference="frozen"))
     batch = one_batch("STEP_REWARDS" in vars(algorithm.advantage[0]))
     credit = algorithm.credit(batch)
-    views = algorithm.make_views(batch, credit, Noise(0), 0)
+    views = algorithm.make_views(batch, credit, Noise(0), 0, PROFILE)
     policy, proximal, reference = (-torch.rand(3, len(views.score_row), generator=torch.Generator().manual_seed(1)) * 3).unbind()
     gradient, scores, metrics = algorithm.coefficients(LogProbs(policy, proximal, reference), views, batch, credit)
     return gradient, metrics, health_metrics(algorithm, scores, credit, batch)
