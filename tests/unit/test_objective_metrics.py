@@ -78,7 +78,7 @@ def test_clipped_objectives_tell_what_they_clip() -> None:
     credit = credit_of(ADVANTAGES, VALID)
     _, metrics = sequence_clip.loss(scores_of(RATIOS), credit, sequence_clip.Config(clip_low=0.2, clip_high=0.2))
     assert metrics == CUT_AT_20_PERCENT
-    one = {"kind": "exact", "granularity": "token", "length": torch.ones(7), "mask": torch.ones(7, 1, dtype=torch.bool)}
+    one = {"kind": "exact", "granularity": "token", "scored_length": torch.ones(7), "mask": torch.ones(7, 1, dtype=torch.bool)}
     tokens = Scores(LogLikelihood(tensor(RATIOS).log()[:, None], **one), proximal=LogLikelihood(torch.zeros(7, 1).double(), **one))
     _, metrics = token_clip.loss(tokens, credit, token_clip.Config(clip_low=0.2, clip_high=0.2))
     assert metrics == CUT_AT_20_PERCENT
