@@ -140,6 +140,7 @@ def _config(module: ModuleType, options: dict[str, Any]) -> Any:
 
 
 def _function_grader(name: str, options: dict[str, Any]) -> Grader:
+    """A grader around a function, `module:function` or `file.py:function`, in either of the two signatures."""
     source, function_name = name.rsplit(":", 1)
     module = load_file(source) if source.endswith(".py") else load_module(source, source)
     function = vars(module).get(function_name)

@@ -106,6 +106,11 @@ def extract_program(completion: str) -> tuple[str, bool]:
 
 
 def _examples(program: str, tests: list[dict[str, str]], limits: Limits, config: Config) -> Verdict:
+    """Run a program on pairs of input and output, until the first that fails unless partial credit counts; one deadline for all.
+
+    Raises:
+        ValueError: there are no tests.
+    """
     if not tests:
         raise ValueError("the row's column tests is empty")
     until = time.monotonic() + limits.deadline_seconds

@@ -145,6 +145,11 @@ def _load(description: str) -> tuple[tuple[_Part, Grader], ...]:
 
 
 def _part(index: int, options: dict[str, Any]) -> _Part:
+    """One part of a sum from its options.
+
+    Raises:
+        ValueError: an option is unknown or missing, beginning with its place.
+    """
     known = [option.name for option in dataclasses.fields(_Part)]
     for key in options:
         if key not in known:

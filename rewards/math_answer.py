@@ -140,6 +140,7 @@ def read(text: str) -> Answer:
 
 
 def _read(text: str) -> Answer:
+    """An answer's text as what is compared: a number, a list, a text, else an expression; of an equation what it says of its last side."""
     text = re.sub(r"\b(\d{1,2}):00(?=\s*[ap]\.?m)", r"\1", _bare(text), flags=re.IGNORECASE)
     number = parse_number(text)
     if number is not None:
@@ -239,6 +240,11 @@ def _as_number(answer: Answer, form: str) -> Answer:
 
 @lru_cache(maxsize=1 << 14)
 def _symbolically_equal(gold: str, answer: str) -> bool:
+    """Whether two expressions are equal by Math-Verify (sympy).
+
+    Raises:
+        Unreadable: one of them is refused, cannot be read, or takes too long.
+    """
     for text in (answer, gold):
         reason = refusal(text)
         if reason:

@@ -165,6 +165,11 @@ def load(auto_class: str, config: Any) -> Checkpoint | VllmCheckpoint:
 
 @lru_cache(maxsize=4)
 def _load(auto_class: str, path: str, dtype: str, device: str, backend: str) -> Checkpoint | VllmCheckpoint:
+    """A reward model or classifier, loaded once in each process.
+
+    Raises:
+        ValueError: the folder holds no such model, in one line.
+    """
     if backend == "vllm":
         from rewards._vllm_checkpoint import load_checkpoint
 

@@ -58,53 +58,30 @@ def assemble(recipe: Recipe, model_path: Path, log_folder: Path | None = None) -
 
 
 def _spawn_all(recipe: Recipe, model_path: Path, runtime: Runtime, wanted: dict[str, Resources]) -> Crew:
-    roles = recipe.roles
-    threads = roles.threads if recipe.run.runtime != "local" else None
-    shared: dict[str, Any] = {"dtype": recipe.model.dtype, "attention": recipe.model.attention, "threads": threads}
+    """Every worker, joined to its group, as a crew."""
+    roles, is_local = recipe.roles, recipe.run.runtime == "local"
 
     def spawn(role: str, index: int, build: Callable[..., W], gpus: float = 0, **kwargs: Any) -> Handle[W]:
         device = {"device": "cuda" if gpus else "cpu"} if role != "reward" else {}
         return runtime.spawn(f"{role}-{index}", build, wanted[role], **kwargs, **device)
 
+    model: dict[str, Any] = {
+        "model_path": str(model_path),
+        "dtype": recipe.model.dtype,
+        "attention": recipe.model.attention,
+        "threads": None if is_local else roles.threads,
+    }
+    learning = {"config": recipe.learner, "router": recipe.model.router, "num_learners": roles.learners}
     learners = [
-        spawn(
-            "learner",
-            rank,
-            Learner,
-            roles.gpus_per_learner,
-            model_path=str(model_path),
-            config=recipe.learner,
-            run_seed=recipe.run.seed,
-            rank=rank,
-            num_learners=roles.learners,
-            router=recipe.model.router,
-            **shared,
-        )
+        spawn("learner", rank, Learner, roles.gpus_per_learner, run_seed=recipe.run.seed, rank=rank, **learning, **model)
         for rank in range(roles.learners)
     ]
     scorers = [
-        spawn(
-            "scorer",
-            index,
-            Scorer,
-            roles.gpus_per_scorer,
-            model_path=str(model_path),
-            micro_batch_tokens=recipe.learner.micro_batch_tokens,
-            **shared,
-        )
+        spawn("scorer", index, Scorer, roles.gpus_per_scorer, micro_batch_tokens=recipe.learner.micro_batch_tokens, **model)
         for index in range(roles.scorers)
     ]
     generators = [
-        spawn(
-            "generator",
-            index,
-            Generator,
-            roles.gpus_per_generator,
-            model_path=str(model_path),
-            run_seed=recipe.run.seed,
-            engine=roles.engine,
-            **shared,
-        )
+        spawn("generator", index, Generator, roles.gpus_per_generator, run_seed=recipe.run.seed, engine=roles.engine, **model)
         for index in range(roles.generators)
     ]
     graders = [
@@ -116,17 +93,14 @@ def _spawn_all(recipe: Recipe, model_path: Path, runtime: Runtime, wanted: dict[
         address = runtime.get(runtime.submit(learners[0], Learner.rendezvous))
         gather(runtime, [runtime.submit(learner, Learner.join, address) for learner in learners])
     # Members of a process group must run at the same time, so in one process the weights go through memory.
-    name = recipe.weights.transport if recipe.run.runtime == "ray" else "object_store"
-    transport = load_part("transports", name).Transport(runtime, learners, recipe.weights)
+    transport = load_part("transports", "object_store" if is_local else recipe.weights.transport)
     return Crew(
         runtime,
         LearnerGroup(runtime, learners),
         ScorerGroup(runtime, scorers),
-        generators=GeneratorPool(runtime, generators, deadline=roles.generate_timeout_seconds if recipe.run.runtime == "ray" else None),
-        graders=GraderPool(
-            runtime, graders, deadline=longest_call(recipe.reward_pool) if recipe.run.runtime == "ray" else None, attempts=2
-        ),
-        transport=transport,
+        GeneratorPool(runtime, generators, deadline=None if is_local else roles.generate_timeout_seconds),
+        GraderPool(runtime, graders, deadline=None if is_local else longest_call(recipe.reward_pool), attempts=2),
+        transport.Transport(runtime, learners, recipe.weights),
         bucket_bytes=int(recipe.weights.bucket_megabytes * 2**20),
-        sync_timeout=recipe.weights.timeout_seconds if recipe.run.runtime == "ray" else None,
+        sync_timeout=None if is_local else recipe.weights.timeout_seconds,
     )

@@ -72,6 +72,7 @@ def boxed(text: str) -> str | None:
 
 
 def _marked(text: str) -> Found | None:
+    """The answer that is marked last: in a box, after ####, or between <answer> tags; None without a mark."""
     places = {"boxed": max((mark.start() for mark in _BOXED.finditer(text)), default=-1), "hash": text.rfind("####")}
     close = text.rfind("</answer>")
     opened = text.rfind("<answer>", 0, close) if close >= 0 else text.rfind("<answer>")

@@ -177,6 +177,7 @@ def _close(a: Fraction, b: Fraction) -> bool:
 
 
 def _magnitude(text: str) -> Fraction | None:
+    """The exact value of a mixed number, fraction, repeating or plain decimal; None where the text is none, or too long."""
     mixed = re.fullmatch(r"(\d+)(?:\s+and\s+|\s*)(\d+\s*/\s*\d+|\\frac.*)", text) if re.fullmatch(_MIXED, text) else None
     if mixed:
         part = _magnitude(mixed[2])

@@ -221,6 +221,7 @@ def _ended(tokens: list[int], eos_id: int, full: int) -> np.ndarray:
 
 
 def _unusable(prompt: np.ndarray, responses: tuple[np.ndarray, ...], tokenizer: Any, max_tokens: int, canvas: int) -> str | None:
+    """Why a row cannot be trained on, in words; None when it can."""
     longest = len(prompt) + max(canvas, *map(len, responses))
     if longest > max_tokens:
         return f"{longest} tokens with the end of the response, the limit is {max_tokens}"

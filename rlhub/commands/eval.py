@@ -61,6 +61,7 @@ def evaluate(
 
 
 def _evaluate_choices(path: Path, data: str, overrides: tuple[str, ...], out: Path | None) -> dict[str, Any]:
+    """`--likelihood`: multiple choice by conditional likelihood, continued where it stopped."""
     from omegaconf import OmegaConf
     from rich.console import Console
 

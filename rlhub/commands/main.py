@@ -29,6 +29,7 @@ class OneLineErrors(click.Group):
     """A group whose errors are one line on stderr with exit code 2, without a traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run the command line; never returns."""
         try:
             sys.exit(super().main(*args, **{"prog_name": "rlhub", **kwargs, "standalone_mode": False}))
         except click.exceptions.NoArgsIsHelpError as error:

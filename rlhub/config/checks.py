@@ -158,6 +158,7 @@ def _check_algorithm(recipe: Recipe) -> None:
 
 
 def _check_layout(recipe: Recipe) -> None:
+    """Roles that fit the batch, the runtime, the backend and the transport."""
     roles, learner = recipe.roles, recipe.learner
     sequences = recipe.algorithm.prompts_per_step * recipe.algorithm.completions_per_prompt
     for key in ("generators", "reward_workers"):
@@ -188,6 +189,7 @@ def _check_layout(recipe: Recipe) -> None:
 
 
 def _check_parts(recipe: Recipe) -> None:
+    """Every part exists and takes its options; folders that are named exist."""
     if recipe.run.runtime == "ray":
         try:
             load_part("transports", recipe.weights.transport)

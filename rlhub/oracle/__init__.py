@@ -5,7 +5,7 @@ batching, samplers, caches, views, objectives and LLaDA's layers are written a s
 compare with. Sources are named in `network`, `generation` and `likelihood`.
 """
 
-from rlhub.oracle.generation import SAMPLERS, draw_token, generate
+from rlhub.oracle.generation import generate
 from rlhub.oracle.likelihood import (
     LogProb,
     Step,
@@ -18,6 +18,8 @@ from rlhub.oracle.likelihood import (
     group_mean,
 )
 from rlhub.oracle.network import forward, row_logits
+from rlhub.oracle.rules import SAMPLERS
+from rlhub.oracle.state import draw_token
 
 __all__ = [
     "SAMPLERS",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rlhub.records.progress import RunProgress
 from rlhub.tasks import load_task
 from rlhub.training.grading import grade
 from rlhub.training.rollouts import evaluation_settings, issue
+from rlhub.types import Prompt, RewardResult
 
 PROMPTS_AT_ONCE = 64
 
@@ -62,23 +64,12 @@ def sample_pairs(
                 rollouts = crew.generators.generate(issued.requests, evaluation_settings(recipe.sampler, 1.0), crew.version)
                 rollouts, texts = grade(crew, issued, rollouts, tokenizer, recipe.reward_pool.batch_size)
                 for start in range(0, len(rollouts), group_size):
-                    group = range(start, start + group_size)
-                    grades = [grade_of(rollouts[one]) for one in group]
-                    values = np.array([grade.value if grade.valid else np.nan for grade in grades])
-                    found = best_and_worst(values)
-                    if isinstance(found, str):
-                        counts[found] += 1
-                        continue
-                    best, worst = found
-                    rows.append(
-                        {
-                            "prompt": issued.examples[start].prompt,
-                            "chosen": texts[start + best],
-                            "rejected": texts[start + worst],
-                            "chosen_reward": float(values[best]),
-                            "rejected_reward": float(values[worst]),
-                        }
-                    )
+                    group = slice(start, start + group_size)
+                    pair = _pair(issued.examples[start].prompt, texts[group], [grade_of(rollout) for rollout in rollouts[group]])
+                    if isinstance(pair, str):
+                        counts[pair] += 1
+                    else:
+                        rows.append(pair)
                 progress.update(first + size)
     except WorkerLost as error:
         raise UserError(str(error)) from error
@@ -89,6 +80,17 @@ def sample_pairs(
         raise DataError(f"{summary}: nothing to write; raise algorithm.completions_per_prompt or take another policy")
     replace_file(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return f"{out}: {summary}"
+
+
+def _pair(prompt: Prompt, texts: Sequence[str], grades: Sequence[RewardResult]) -> dict[str, Any] | str:
+    """The row of one prompt from its completions and their grades; or why it gives none."""
+    values = np.array([grade.value if grade.valid else np.nan for grade in grades])
+    places = best_and_worst(values)
+    if isinstance(places, str):
+        return places
+    best, worst = places
+    rewards = {"chosen_reward": float(values[best]), "rejected_reward": float(values[worst])}
+    return {"prompt": prompt, "chosen": texts[best], "rejected": texts[worst], **rewards}
 
 
 def best_and_worst(values: np.ndarray) -> tuple[int, int] | str:

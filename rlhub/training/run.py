@@ -36,7 +36,7 @@ from rlhub.reports.page import write_report
 from rlhub.tasks import Task, load_task, task_tokenizer
 from rlhub.training import controller
 from rlhub.training.held_out import shared_prompts
-from rlhub.training.pairs import load_pairs, report_bad
+from rlhub.training.pairs import PairData, load_pairs, report_bad
 from rlhub.training.session import Session, StopRequest, last_position
 
 if TYPE_CHECKING:
@@ -62,17 +62,14 @@ def train(recipe: Recipe, console: Console | None = None) -> Path:
 
 
 def _train(recipe: Recipe, console: Console | None) -> Path:
+    """`train`, in which a lost worker is not yet the user's affair."""
     validate(recipe)
     check_devices(recipe)
     console = console or Console()
     folder = Path(recipe.run.output_dir).resolve() / recipe.run.name
     resumed = _open_folder(recipe, folder)
     position, wall_before = last_position(folder) if resumed else (None, 0.0)
-    console.print(f"run folder {folder}", markup=False, highlight=False, soft_wrap=True)
-    if "working_dir_files" in folder.parts:
-        console.print(
-            "it lies in the copy that Ray made for this job and will delete; set run.output_dir to a folder that stays", markup=False
-        )
+    _say_where(folder, console)
     phases = [Phase(name) for name in recipe.run.phases]
     last = (phases[-1], recipe.sft.steps if phases[-1] is Phase.SFT else recipe.run.steps)
     if position is not None and position == last:
@@ -89,12 +86,7 @@ def _train(recipe: Recipe, console: Console | None) -> Path:
     if recipe.task.reward["name"] != "none":
         _check_held_out(train_task, eval_task, console)
         _check_lengths(recipe, context, tokenizer, [train_task, eval_task])
-    pairs = None
-    if Phase.PAIRS in phases or task_kind(recipe) == "preferences":
-        pairs = load_pairs(recipe, tokenizer, context)
-        bad = report_bad(pairs, folder / "bad_pairs.jsonl")
-        if bad is not None:
-            console.print(bad, markup=False, highlight=False, soft_wrap=True)
+    pairs = _preferences(recipe, folder, tokenizer, context, console)
 
     from workers.placement import assemble
 
@@ -108,7 +100,19 @@ def _train(recipe: Recipe, console: Console | None) -> Path:
                 phase, step = position or (phases[0], -1)
                 trackers.truncate_after(phase, step, phases)
             session = Session(
-                recipe, folder, model_path, tokenizer, train_task, eval_task, crew, trackers, progress, position, stop, wall_before, pairs
+                recipe=recipe,
+                folder=folder,
+                model_path=model_path,
+                tokenizer=tokenizer,
+                train_task=train_task,
+                eval_task=eval_task,
+                crew=crew,
+                trackers=trackers,
+                progress=progress,
+                position=position,
+                stop=stop,
+                wall_before=wall_before,
+                pairs=pairs,
             )
             session.started = started
             for phase in phases[phases.index(position[0]) if position else 0 :]:
@@ -117,6 +121,25 @@ def _train(recipe: Recipe, console: Console | None) -> Path:
         crew.close()
     _finish(folder, console)
     return folder
+
+
+def _say_where(folder: Path, console: Console) -> None:
+    console.print(f"run folder {folder}", markup=False, highlight=False, soft_wrap=True)
+    if "working_dir_files" in folder.parts:
+        console.print(
+            "it lies in the copy that Ray made for this job and will delete; set run.output_dir to a folder that stays", markup=False
+        )
+
+
+def _preferences(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerFast, context: int, console: Console) -> PairData | None:
+    """The preference data of a recipe that has some; what cannot be used is told and listed in the run folder."""
+    if Phase.PAIRS not in recipe.run.phases and task_kind(recipe) != "preferences":
+        return None
+    pairs = load_pairs(recipe, tokenizer, context)
+    bad = report_bad(pairs, folder / "bad_pairs.jsonl")
+    if bad is not None:
+        console.print(bad, markup=False, highlight=False, soft_wrap=True)
+    return pairs
 
 
 def _finish(folder: Path, console: Console) -> None:

@@ -42,6 +42,11 @@ def rows_per_sample(config: Config, steps: int) -> int:
 
 
 def _rows(batch: Batch, sample: int, max_tokens: int, profile: Profile) -> Iterator[NoisyRow]:
+    """The 2^L - 1 masks of the longest block, of the others as many as they have; weights 1 / (l C(L, l)) make the sum the exact ELBO.
+
+    Raises:
+        ValueError: a block is longer than `max_tokens`.
+    """
     blocks, scored_length = model_blocks(batch, sample, profile), int(batch.scored_length[sample])
     longest = max(block.stop - block.start for block in blocks)
     if longest > max_tokens:

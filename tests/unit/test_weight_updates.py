@@ -87,7 +87,7 @@ def reference(
             return row_logits(old if step < after else new, tokens)
 
         with patch.context() as inner:
-            inner.setattr(oracle.generation, "row_logits", switching)
+            inner.setattr(oracle.state, "row_logits", switching)
             rollout, margin = oracle.generate(old, request, settings, NOISE)
         steps = np.unique(rollout.unmask_step[rollout.unmask_step != NEVER])  # each commits something under these samplers
         last = steps[:after].max()

@@ -157,6 +157,7 @@ class RayRuntime:
             raise
 
     def spawn(self, name: str, build: Callable[..., W], resources: Resources, **kwargs: Any) -> Handle[W]:
+        """A named actor on the next of the reserved bundles; its log file is named after it."""
         host = type(build.__name__, (Host,), {"__doc__": build.__doc__})
         log_file = None if self.log_folder is None else str(self.log_folder / f"{name}.log")
         actor = (
@@ -210,6 +211,7 @@ class RayRuntime:
         ray.kill(cast(RayHandle[Any], handle).actor, no_restart=False)
 
     def take_intervals(self) -> dict[str, list[Interval]]:
+        """Busy intervals of each worker since the last call; a call that still runs counts until now."""
         taken: dict[str, list[Interval]] = defaultdict(list)
         pending, self.pending = self.pending, []
         ended = set(ray.wait([ref for _, ref, _ in pending], num_returns=len(pending), timeout=0)[0]) if pending else set()

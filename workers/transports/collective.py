@@ -31,6 +31,10 @@ class CollectiveTransport:
         self.members: dict[str, int] = {}  # process of each receiver in the group; a rebuilt one has another and no place in it
 
     def push(self, receivers: Sequence[Handle[Generator]], version: int, concurrent: bool = False) -> dict[str, Future[Receipt]]:
+        """Broadcast the weights over the group, formed anew when its members changed; a future receipt by receiver.
+
+        Where a member is lost in between, the survivors take this version through the object store.
+        """
         self.late.buckets = []
         processes = self._processes(receivers)
         receivers = [receiver for receiver in receivers if receiver.name in processes]
