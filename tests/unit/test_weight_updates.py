@@ -76,7 +76,7 @@ def reference(
     old: torch.nn.Module, new: torch.nn.Module, settings: SamplerConfig, after: int, patch: pytest.MonkeyPatch
 ) -> list[tuple[Rollout, float]]:
     """The same by the oracle, with its margins; `policy_version` is set for tokens that are not edited."""
-    row_logits = oracle.generation.row_logits
+    row_logits = oracle.state.row_logits
     found = []
     for request in requests():
         forwards: list[int] = []
