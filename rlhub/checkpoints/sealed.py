@@ -19,7 +19,7 @@ RECIPE = "config.yaml"  # what makes a folder a run
 
 def checkpoint_name(phase: Phase, step: int) -> str:
     """`step_00010` in the online phase, `sft_step_00800` in SFT, `pairs_step_00010` on preference pairs."""
-    return f"step_{step:05d}" if phase is Phase.ONLINE else f"{phase}_step_{step:05d}"
+    return f"step_{step:05d}" if phase == Phase.ONLINE else f"{phase}_step_{step:05d}"
 
 
 def checkpoint_folder(run: Path, phase: Phase, step: int) -> Path:
@@ -56,7 +56,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def sealed_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders with a manifest in the order of training; unsealed ones are what a killed run left behind."""
     sealed = [file.parent for file in (run / "checkpoints").glob(f"*step_*/{MANIFEST}")]
-    return sorted(sealed, key=lambda folder: (_phase_of(folder) is not Phase.SFT, int(folder.name.rpartition("_")[2])))
+    return sorted(sealed, key=lambda folder: (_phase_of(folder) != Phase.SFT, int(folder.name.rpartition("_")[2])))
 
 
 def remove_old_checkpoints(run: Path, keep: int) -> None:

@@ -142,7 +142,7 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def planned_steps(run: Run) -> dict[str, int]:
     """Steps that the recipe asks of each phase."""
-    wanted = {phase: run.config.get("sft.steps" if phase is Phase.SFT else "run.steps") for phase in TRAINING}
+    wanted = {phase: run.config.get("sft.steps" if phase == Phase.SFT else "run.steps") for phase in TRAINING}
     return {phase: wanted[phase] for phase in run.config.get("run.phases", []) if wanted.get(phase) is not None}
 
 

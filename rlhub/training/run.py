@@ -71,7 +71,7 @@ def _train(recipe: Recipe, console: Console | None) -> Path:
     position, wall_before = last_position(folder) if resumed else (None, 0.0)
     _say_where(folder, console)
     phases = [Phase(name) for name in recipe.run.phases]
-    last = (phases[-1], recipe.sft.steps if phases[-1] is Phase.SFT else recipe.run.steps)
+    last = (phases[-1], recipe.sft.steps if phases[-1] == Phase.SFT else recipe.run.steps)
     if position is not None and position == last:
         console.print(f"this run is finished (phase {position[0]}, step {position[1]}); nothing to do", markup=False)
         _finish(folder, console)

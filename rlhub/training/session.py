@@ -118,7 +118,7 @@ class Session:
         self.phase, self.num_steps, self.eval_every = phase, num_steps, eval_every
         self.algorithm = Algorithm.compose(algorithm)
         start = self._phase_start(phase)
-        resumed = None if self.position is None or self.position[0] is not phase else checkpoint_folder(self.folder, *self.position)
+        resumed = None if self.position is None or self.position[0] != phase else checkpoint_folder(self.folder, *self.position)
         self.crew.learners.begin(algorithm, optimizer, num_steps * algorithm.updates, str(start))
         if resumed is not None:
             self.crew.learners.load(str(resumed))
@@ -153,7 +153,7 @@ class Session:
 
     def publish(self, step: int) -> Metrics:
         """Send the learners' weights after a step to the generators. Versions count the steps of all phases, so they grow through a run."""
-        offset = self.recipe.sft.steps if self.phase is not Phase.SFT and Phase.SFT in self.recipe.run.phases else 0
+        offset = self.recipe.sft.steps if self.phase != Phase.SFT and Phase.SFT in self.recipe.run.phases else 0
         receipt = self.crew.publish(offset + step, self.recipe.weights.in_flight)
         return {"sync/receipt_ok": 1.0, "sync/version": receipt.version, "system/sync_bytes": receipt.num_bytes}
 
@@ -216,7 +216,7 @@ class Session:
                 metrics |= evaluate_documents(self.crew, self.recipe, self.eval_task, self.tokenizer)
             if self.pairs is not None:
                 metrics |= {"data/pairs": len(self.pairs.train), "data/bad_pairs": self.pairs.num_bad}
-                metrics |= evaluate_pairs(self.crew, self.recipe, self.pairs.held_out, self.phase is Phase.PAIRS, self.needs_reference)
+                metrics |= evaluate_pairs(self.crew, self.recipe, self.pairs.held_out, self.phase == Phase.PAIRS, self.needs_reference)
         return metrics
 
     def log(self, record: StepRecord) -> None:
@@ -227,7 +227,7 @@ class Session:
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due after a step, as it is where the user stops."""
-        every = self.eval_every if self.phase is Phase.SFT else self.recipe.run.checkpoint_every
+        every = self.eval_every if self.phase == Phase.SFT else self.recipe.run.checkpoint_every
         return step == self.num_steps or step % every == 0 or self.stop.requested
 
     def save(self, step: int) -> None:
@@ -243,7 +243,7 @@ class Session:
         remove_old_checkpoints(self.folder, self.recipe.run.keep_checkpoints)
 
     def _num_done(self) -> int:
-        return self.position[1] if self.position is not None and self.position[0] is self.phase else 0
+        return self.position[1] if self.position is not None and self.position[0] == self.phase else 0
 
     def _wall_seconds(self) -> float:
         return self.wall_before + self.clock.window()[1] - self.started

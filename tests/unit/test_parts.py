@@ -208,7 +208,7 @@ def test_options_of_a_file_travel_to_another_process(folder):
 
 WRONG = {
     "advantages": ("assign must return Credit, got None", lambda algorithm: algorithm.credit(batch())),
-    "views": ("make must return Views, got None", lambda algorithm: algorithm.make_views(batch(), None, noise(), 0)),
+    "views": ("make must return Views, got None", lambda algorithm: algorithm.make_views(batch(), None, noise(), 0, None)),
     "likelihoods": ("estimate must return LogLikelihood, got None", lambda algorithm: algorithm.estimate(zeros(), None, None)),
     "objectives": ("loss must return (scalar Tensor, dict), got None", lambda algorithm: algorithm.loss(None, None)),
 }

@@ -129,7 +129,7 @@ GOOD = json.dumps(ROWS[0]) + "\n"
     [
         ("math_answer", None, [], ["not found"]),
         ("math_anser", GOOD, [], ["rewards has no 'math_anser'", "did you mean math_answer"]),
-        ("math_answer", GOOD, ["no=1"], ["unknown option 'no'"]),
+        ("math_answer", GOOD, ["no=1"], ["no: unknown key of math_answer"]),
         ("math_answer", GOOD, ["loud"], ["KEY=VALUE", "'loud'"]),
         ("nowhere.py:f", GOOD, [], ["nowhere.py"]),
         ("math_answer", GOOD + "{", [], ["row 2", "not JSON"]),
