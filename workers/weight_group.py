@@ -1,4 +1,4 @@
-"""A worker's place in the process group through which weights are broadcast; `workers.transports.collective` forms it.
+"""A worker's place in the process group through which weights are broadcast; `workers.transports._collective` forms it.
 
 The group lives beside DeepSpeed's default one and outside torch's registry of groups, so neither can address the other's ranks. It has
 a generation number: when a member was lost, the survivors leave and a new generation forms without it.

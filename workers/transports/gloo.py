@@ -1,6 +1,6 @@
 """Weights by gloo broadcast: the CPU twin of `nccl`, the same code on another process group."""
 
-from workers.transports.collective import CollectiveTransport
+from workers.transports._collective import CollectiveTransport
 
 
 class Transport(CollectiveTransport):

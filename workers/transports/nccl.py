@@ -1,6 +1,6 @@
 """Weights by NCCL broadcast: the way between GPUs."""
 
-from workers.transports.collective import CollectiveTransport
+from workers.transports._collective import CollectiveTransport
 
 NEEDS_GPUS = True
 
