@@ -196,8 +196,6 @@ def test_what_a_part_states_is_seen_in_its_copy(folder, name, scene, wanted) -> 
 
 @pytest.mark.parametrize(("folder", "name"), EVERY)
 def test_a_copy_states_all_that_its_original_does(folder: str, name: str) -> None:
-    if name == "collective":  # no part: what gloo and nccl share
-        return
     modules = [load_part(folder, used) for used in (name, copy_of(folder, name))]
     stated = [{key: value for key, value in vars(module).items() if key.isupper() and _is_plain(value)} for module in modules]
     assert stated[0] == stated[1]

@@ -121,8 +121,7 @@ def test_what_a_part_lacks_is_said_in_one_line(folder, kind, tmp_path):
 @pytest.mark.parametrize("kind", PARTS)
 def test_contracts_ask_for_what_shipped_parts_have(kind):
     for name in part_names(kind):
-        if name != "collective":  # what gloo and nccl share
-            load_part(kind, name)
+        load_part(kind, name)
 
 
 def test_signatures_in_contracts_are_those_of_shipped_parts():
