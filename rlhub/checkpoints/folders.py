@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from rlhub.errors import CheckpointError
+from rlhub.errors import CheckpointError, RecipeError
+from rlhub.parts import load_part, title
 
 if TYPE_CHECKING:
     from rlhub.networks.decoder import Decoder
@@ -20,14 +22,22 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 
 
+FAMILY = "rlhub_family"  # key of a config.json whose family does not ship: its file or dotted path
+
+
 def family_of(config: dict[str, Any]) -> Any:
-    """The module of `rlhub.models` that serves a config.json, by its `architectures`.
+    """The module that serves a config.json: the one that it names, else that of `rlhub.models` with its `architectures`.
 
     Raises:
         CheckpointError: no family serves it.
     """
     import rlhub.models
 
+    if FAMILY in config:
+        try:
+            return load_part("models", config[FAMILY])
+        except RecipeError as error:
+            raise CheckpointError(f"the model's family: {error}") from error
     served = {}
     for info in pkgutil.iter_modules(rlhub.models.__path__):
         module = importlib.import_module(f"rlhub.models.{info.name}")
@@ -39,6 +49,13 @@ def family_of(config: dict[str, Any]) -> Any:
         if architecture in served:
             return served[architecture]
     raise CheckpointError(f"no model family serves architectures {config.get('architectures')}; served are {', '.join(sorted(served))}")
+
+
+def published_form(config: Any) -> dict[str, Any]:
+    """A family's `Config` as its config.json; one that does not ship is named in it, so that whatever loads the model finds it."""
+    module = sys.modules[type(config).__module__]
+    own = {} if module.__name__.startswith("rlhub.models.") else {FAMILY: title(module)}
+    return config.to_published() | own
 
 
 def is_model_folder(path: Path) -> bool:

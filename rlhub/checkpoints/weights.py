@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhub.checkpoints.folders import CONFIG, empty_network, family_of, is_adapter_folder, published_config
+from rlhub.checkpoints.folders import CONFIG, empty_network, family_of, is_adapter_folder, published_config, published_form
 from rlhub.checkpoints.tensors import FLOATS, INDEX, WEIGHTS, WHOLE, StoredTensor, stored_tensors
 from rlhub.errors import CheckpointError
 from rlhub.networks.decoder import Decoder
@@ -85,7 +85,7 @@ def load_network(
 
 def published_places(network: nn.Module) -> dict[str, Place]:
     """Where each published tensor goes; names that share a tensor, as tied weights do, are all there."""
-    family = family_of(network.config.to_published())
+    family = family_of(published_form(network.config))
     own = network.state_dict(keep_vars=True)
     places = family.places(network.config) if "places" in vars(family) else {}
     moved = {name for name, _ in places.values()}
@@ -107,7 +107,7 @@ def check_fit(network: nn.Module, stored: dict[str, StoredTensor], path: Path) -
             places[name] = places.pop(first)
         else:
             del places[name]
-    unused = vars(family_of(network.config.to_published())).get("UNUSED", r"(?!)")
+    unused = vars(family_of(published_form(network.config))).get("UNUSED", r"(?!)")
     surplus = [name for name in stored if name not in places and name not in repeated and not re.fullmatch(unused, name)]
     missing = [name for name in places if name not in stored]
     if missing:
@@ -274,7 +274,7 @@ def _write_weights(network: nn.Module, folder: Path, dtype: torch.dtype | None, 
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     precision = str(stored[next(iter(parts))]).removeprefix("torch.")
-    (folder / CONFIG).write_text(json.dumps(network.config.to_published() | {"torch_dtype": precision}, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(published_form(network.config) | {"torch_dtype": precision}, indent=2) + "\n")
 
 
 @contextmanager

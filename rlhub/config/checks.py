@@ -122,6 +122,8 @@ def _check_engine(recipe: Recipe) -> None:
 
 def _check_schedule(recipe: Recipe) -> None:
     """The steps, as the sampler's own schedule takes them; a sampler that cannot be loaded is named by another check."""
+    from rlhub.samplers import check_statements
+
     sampler = recipe.sampler
     length, block, steps = sampler.length, sampler.block_length, sampler.steps
     try:
@@ -129,6 +131,10 @@ def _check_schedule(recipe: Recipe) -> None:
         config = part_config(module, sampler.options)
     except RecipeError:
         return
+    try:
+        check_statements(module)
+    except ValueError as error:
+        raise KeyedError(str(error), "sampler.name") from error
     blocks = length // block
     try:
         schedule = module.schedule(length, steps, block, config)
@@ -305,6 +311,8 @@ def _check_grader_function(reward: Part) -> None:
 def _check_needs(recipe: Recipe, name: str, needs: Sequence[str]) -> None:
     """Policies that the objective or the KL compares with must exist, and somebody must score the reference."""
     algorithm = recipe.algorithm
+    if isinstance(needs, str) or set(needs) - {"proximal", "reference"}:
+        raise KeyedError(f"NEEDS of {name} must be a tuple of proximal and reference, got {needs!r}", "algorithm.objective.name")
     if "reference" in needs and algorithm.reference == "none":
         raise KeyedError(f"{name} compares with the reference policy, got none; use frozen or sync_every:N", "algorithm.reference")
     if "proximal" in needs and algorithm.behavior == "none":

@@ -25,7 +25,7 @@ from rlhub.parts import load_part, part_names
 _HEAD = """# Recipe reference
 
 Every key of a recipe with what it takes, its default and its meaning. This page and `recipes/recipe.schema.json` are generated from
-`rlhub/config/schema.py`; after a change there:
+`rlhub/config/schema.py` and the parts; after a change to either:
 
     python -m rlhub.config.reference page > docs/recipe_reference.md
     python -m rlhub.config.reference schema > recipes/recipe.schema.json

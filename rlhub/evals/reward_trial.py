@@ -101,7 +101,7 @@ def report_view(report: dict[str, Any], show: int) -> Group:
         table = Table("row", "label", "value", "status", "gold", "detail", title=f"disagreements, {min(show, len(found))} of {len(found)}")
         for entry in found[:show]:
             value = "none" if entry["value"] is None else f"{entry['value']:g}"
-            texts = [str(entry["gold"])[-60:], str(entry["detail"])[:80]]
+            texts = [str(entry["gold"])[-60:], _last_line(str(entry["detail"]))[:80]]
             table.add_row(str(entry["row"]), str(entry["label"]), value, entry["status"], *map(Text, texts))
         views.append(table)
     return Group(*views)

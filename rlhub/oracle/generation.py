@@ -20,7 +20,7 @@ import torch
 from rlhub.config.schema import SamplerConfig
 from rlhub.noise import Noise
 from rlhub.oracle.network import block_causal_length
-from rlhub.oracle.rules import SAMPLERS
+from rlhub.oracle.rules import rule_of
 from rlhub.oracle.state import State, entropy, steps_of_block
 from rlhub.types import NEVER, Request, Rollout
 
@@ -33,12 +33,12 @@ def generate(
 
     Decisions are the argmax of the perturbed logits at each position whose token counts, the edge of top-k and top-p, a probability
     against a threshold, and where the model ranks positions, the last one written against the first one left. Another exact fp32
-    implementation may differ from the rollout where a margin is about the rounding error of a log-prob.
+    implementation may differ from the rollout where a margin is about the rounding error of a log-prob. Raises RecipeError without a rule.
 
     Args:
         margins: receives the margin of each decision.
     """
-    rule, options = SAMPLERS[settings.name], settings.options
+    rule, options = rule_of(settings.name), settings.options
     margins = [] if margins is None else margins
     prompt = [int(token) for token in request.prompt_ids]
     length, width, mask, eos = settings.length, settings.block_length, network.mask_id, network.eos_id

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from rlhub.errors import RecipeError
 from rlhub.oracle.state import State, Write, entropy, two_best
 
 
@@ -219,3 +220,10 @@ SAMPLERS: dict[str, Callable[[State, dict[str, Any]], Write]] = {
     "top_probability": _top_probability,
     "topk_margin": _dream(lambda state, position: two_best(state.law(position))),
 }
+
+
+def rule_of(name: str) -> Callable[[State, dict[str, Any]], Write]:
+    """The rule of a sampler. Raises RecipeError where there is none."""
+    if name not in SAMPLERS:
+        raise RecipeError(f"the oracle has no rule for the sampler {name}; add it to SAMPLERS in rlhub/oracle/rules.py")
+    return SAMPLERS[name]

@@ -79,7 +79,7 @@ def meta_network(model: ModelConfig, vocab_size: int | None = None) -> Decoder:
     """
     import torch
 
-    from rlhub.checkpoints.folders import empty_network, family_of, published_config
+    from rlhub.checkpoints.folders import empty_network, family_of, published_config, published_form
     from rlhub.checkpoints.sealed import resolve_model_path
     from rlhub.networks.rope import extend
     from rlhub.parts import load_part, part_config
@@ -87,7 +87,7 @@ def meta_network(model: ModelConfig, vocab_size: int | None = None) -> Decoder:
     if model.path and Path(model.path).is_dir():
         folder = resolve_model_path(Path(model.path))
         config = empty_network(published_config(folder), str(folder)).config
-        family = family_of(config.to_published())
+        family = family_of(published_form(config))
     else:
         family = load_part("models", model.family)
         config = part_config(family, model.config | ({"vocab_size": vocab_size} if vocab_size and not model.path else {}))

@@ -48,6 +48,7 @@ from torch import Tensor
 
 from rlhub.curves import MASK_RATIO
 from rlhub.networks.profile import Profile
+from rlhub.parts import title
 
 if TYPE_CHECKING:
     from rlhub.config.schema import SamplerConfig
@@ -251,6 +252,20 @@ def check_attention(settings: SamplerConfig, profile: Profile) -> None:
         raise ValueError(f"sampler.cache: {settings.cache} approximates full attention, but this model's cache is exact anyway; use exact")
     if settings.block_length != profile.block_length:
         raise ValueError(f"sampler.block_length: got {settings.block_length}, but the model works in blocks of {profile.block_length}")
+
+
+LOG_PROB_MEANINGS = ("exact", "given_order", "none")
+
+
+def check_statements(sampler: ModuleType) -> None:
+    """Raises ValueError where a sampler states something that nobody knows: a misspelled statistic would arrive as None."""
+    stated = vars(sampler)
+    for name, known in (("NEEDS", OPTIONAL_STATS), ("RECORDS", TRACE)):
+        words = stated.get(name, ())
+        if isinstance(words, str) or set(words) - set(known):
+            raise ValueError(f"{name} of {title(sampler)} must be a tuple of {', '.join(known)}, got {words!r}")
+    if stated.get("LOG_PROBS", "none") not in LOG_PROB_MEANINGS:
+        raise ValueError(f"LOG_PROBS of {title(sampler)} must be one of {', '.join(LOG_PROB_MEANINGS)}, got {stated['LOG_PROBS']!r}")
 
 
 def log_probs(sampler: ModuleType, config: Any, eos: str = "allow") -> str:

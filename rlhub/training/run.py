@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from rlhub.checkpoints.adapters import rebase_adapter, write_fresh_adapter
-from rlhub.checkpoints.folders import empty_network, family_of, is_adapter_folder, is_model_folder, published_config
+from rlhub.checkpoints.folders import empty_network, family_of, is_adapter_folder, is_model_folder, published_config, published_form
 from rlhub.checkpoints.sealed import resolve_model_path, sealed_checkpoints
 from rlhub.checkpoints.tokenizers import load_tokenizer
 from rlhub.checkpoints.weights import save_network
@@ -241,7 +241,7 @@ def _extend_context(base: Path, path: Path, rope: RopeConfig) -> None:
     if is_adapter_folder(base):
         raise RecipeError(f"model.rope: {base} is an adapter, whose base keeps its context; export it with rlhub export, then use that")
     published = published_config(base)
-    config = extend(family_of(published).Config.from_published(published), rope).to_published()
+    config = published_form(extend(family_of(published).Config.from_published(published), rope))
     path.mkdir(parents=True, exist_ok=True)
     for file in base.iterdir():
         if file.is_file() and file.name != "config.json" and not (path / file.name).is_symlink():

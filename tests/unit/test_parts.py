@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import silent
 
+import rlhub
 from rewards import load_grader
 from rewards.pool.pool import RewardPool
 from rewards.pool.settings import RewardPoolConfig
@@ -18,6 +20,7 @@ from rlhub.config.recipe import dump_recipe, load_recipe
 from rlhub.config.schema import AlgorithmConfig
 from rlhub.errors import RecipeError
 from rlhub.parts import load_part, part_config, part_names
+from rlhub.training.run import train
 from rlhub.types import Batch
 
 CONFIG = """
@@ -294,3 +297,40 @@ def test_grading_processes_find_our_packages(shadows, monkeypatch):
     with RewardPool({"name": f"{shadows}/my_reward.py", "scale": 2.0}, RewardPoolConfig(processes=1)) as pool:
         assert [result.value for result in pool.grade([("", "four", {})])] == [8.0]
     assert load_grader({"name": "my_reward"})("", "four", {}).value == 4.0
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ('NEEDS = ("toplogp",)', "NEEDS of .*my_sampler.py must be a tuple of .*top_logp.*got"),
+        ('NEEDS = "top_logp"', "must be a tuple of"),
+        ('RECORDS = ("ordr",)', "RECORDS of .* must be a tuple of .*order"),
+        ('LOG_PROBS = "exakt"', "LOG_PROBS of .* must be one of exact, given_order, none, got 'exakt'"),
+    ],
+)
+def test_what_a_sampler_states_must_be_known(tiny, tmp_path, statement, message):
+    file = tmp_path / "my_sampler.py"
+    body = "from dataclasses import dataclass\nfrom rlhub.samplers.random import choose, schedule\n"
+    file.write_text(f"{body}RECORDS = ()\nLOG_PROBS = 'none'\n{statement}\n\n@dataclass(frozen=True)\nclass Config:\n    pass\n")
+    with pytest.raises(RecipeError, match=message):
+        tiny(f"sampler.name={file}")
+
+
+def test_what_an_objective_needs_must_be_known(tiny, tmp_path):
+    file = tmp_path / "my_objective.py"
+    body = "from dataclasses import dataclass\nNEEDS = ('proximl',)\n\ndef loss(scores, credit, config): ...\n"
+    file.write_text(f"{body}\n@dataclass(frozen=True)\nclass Config:\n    pass\n")
+    with pytest.raises(RecipeError, match=r"NEEDS of .* must be a tuple of proximal and reference, got"):
+        tiny(f"algorithm.objective.name={file}")
+
+
+def test_a_family_in_a_file_is_the_one_that_trains_and_is_loaded(tiny, tmp_path):
+    """Also where its ARCHITECTURES are those of a family that ships."""
+    file = tmp_path / "family.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom rlhub.models import llada\nARCHITECTURES, TINY = llada.ARCHITECTURES, llada.TINY\n\n"
+        "@dataclass(frozen=True)\nclass Config(llada.Config):\n    pass\n\n"
+        "def build(config):\n    network = llada.build(config)\n    network.mine = True\n    return network\n"
+    )
+    run = train(tiny(f"model.family={file}", "run.steps=1", "sft.steps=1", f"run.output_dir={tmp_path}"), silent())
+    assert rlhub.load_model(run).network.mine
