@@ -149,3 +149,8 @@ def test_supervised_loss_is_told_per_token() -> None:
         token = LogLikelihood(torch.zeros(1, 2), "exact", "token", torch.ones(1))
         sft.loss(Scores(token), credit_of([1.0], [True]), sft.Config())
     assert math.isfinite(sft.loss(scores, credit_of([0.0] * 3, [False] * 3), sft.Config())[0].item())
+
+
+def test_a_tie_is_no_pair_ranked_right() -> None:
+    metrics = pair_metrics("dpo", tensor([2.0, 1.0, 1.0, 3.0]), tensor([1.0, 2.0, 1.0, -1.0]))
+    assert metrics == {"pairs": 4.0, "dpo/accuracy": 0.5, "dpo/margin": 1.0, "dpo/chosen": 1.75, "dpo/rejected": 0.75}

@@ -56,6 +56,8 @@ REFUSED = [
     ("views.adaptive", {"draws": 2, "edges": [0.0, 1.0]}, r"edges must be 3 numbers \(draws \+ 1\) that ascend from 0 to 1"),
     ("views.adaptive", {"draws": 2, "edges": [0.1, 0.3, 1.0]}, "ascend from 0 to 1"),
     ("views.adaptive", {"draws": 2, "edges": [0.0, 0.3, 0.9]}, "ascend from 0 to 1"),
+    ("views.supervised", {"geometric": 1.0}, "geometric and epsilon must lie between 0 and 1"),
+    ("views.supervised", {"epsilon": 1.0}, "geometric and epsilon must lie between 0 and 1"),
     ("views.adaptive", {"draws": 3, "edges": [0.0, 0.3, 0.3, 1.0]}, "ascend from 0 to 1"),
     ("views.adaptive", {"draws": 3, "edges": [0.0, 0.5, 0.3, 1.0]}, "ascend from 0 to 1"),
     ("views.mask_ratio", {"t_min": 1.0}, r"t_min must be in \[0, 1\)"),
