@@ -62,12 +62,12 @@ class RewardPool:
             raise
 
     def grade(self, items: Sequence[Item], budget_seconds: float = math.inf) -> list[RewardResult | None]:
-        """One result per item, in order; None for those that had not begun after `budget_seconds` (the first one always begins)."""
+        """One result per item, in order; None for those that had not begun `budget_seconds` after the first one did."""
         return self.submit(items, budget_seconds).result()
 
     def submit(self, items: Sequence[Item], budget_seconds: float = math.inf) -> Future[list[RewardResult | None]]:
         """A future of what `grade` returns; the items of several callers share the processes and travel together."""
-        return self._dispatcher.submit(list(items), time.monotonic() + budget_seconds)
+        return self._dispatcher.submit(list(items), budget_seconds)
 
     @property
     def num_waiting(self) -> int:
@@ -92,8 +92,9 @@ class _Job:
 
     items: list[Item]
     results: list[RewardResult | None]
-    until: float  # monotonic seconds after which no item begins
+    budget_seconds: float
     num_open: int
+    until: float = math.inf  # monotonic seconds after which no item begins; known once the first one does
     future: Future[list[RewardResult | None]] = field(default_factory=Future)
 
 
@@ -107,10 +108,9 @@ class _Task:
     num_deaths: int = 0
     alone: bool = False
 
-    @property
-    def is_late(self) -> bool:
+    def is_late(self, now: float) -> bool:
         begun = self.is_first or self.alone or self.num_deaths > 0
-        return not begun and time.monotonic() > self.job.until
+        return not begun and now > self.job.until
 
 
 class _Dispatcher:
@@ -128,10 +128,10 @@ class _Dispatcher:
         self.thread = threading.Thread(target=self._run, name="reward-pool", daemon=True)
         self.thread.start()
 
-    def submit(self, items: list[Item], until: float) -> Future[list[RewardResult | None]]:
+    def submit(self, items: list[Item], budget_seconds: float) -> Future[list[RewardResult | None]]:
         known = self.cache.look_up(self.version.result(), items) if self.cache else [None] * len(items)
         missing = [index for index, result in enumerate(known) if result is None]
-        job = _Job(items, known, until, len(missing))
+        job = _Job(items, known, budget_seconds, len(missing))
         if missing:
             self.loop.call_soon_threadsafe(self._add, [_Task(job, index, index == missing[0]) for index in missing])
         else:
@@ -211,12 +211,13 @@ class _Dispatcher:
             while not self.queue:
                 self.work.clear()
                 await self.work.wait()
-            size = min(self.config.batch_size, math.ceil(len(self.queue) / self.config.processes))
+            size, now = min(self.config.batch_size, math.ceil(len(self.queue) / self.config.processes)), time.monotonic()
             while self.queue and len(tasks) < size and (not tasks or self.queue[0].alone == tasks[0].alone):
                 task = self.queue.popleft()
                 if task.job.future.done():
                     continue
-                if task.is_late:
+                task.job.until = min(task.job.until, now + task.job.budget_seconds)
+                if task.is_late(now):
                     self._settle(task, None)
                 else:
                     tasks.append(task)
