@@ -188,6 +188,7 @@ def test_kill_9_of_a_generator_and_a_reward_worker_in_mid_step(tiny: Callable[..
     assert distance(weights(run), weights(local_run)) == 0.0
 
 
+@pytest.mark.slow
 def test_a_frozen_generator_is_replaced(tiny: Callable[..., Recipe], local_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "tiny"
 
@@ -546,6 +547,7 @@ def test_two_learners_have_the_gradient_of_one(spawn_learners: Callable, tiny: C
 # ------------------------------------------------------------------------------------------------------------- command line
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_finishes(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
