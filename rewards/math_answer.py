@@ -2,17 +2,14 @@ r"""Mathematics: is the final answer of the completion equal to the gold answer?
 
 The answer is found by `rewards.answers.final_answer` (`\boxed{}`, `####`, `<answer>`, "the answer is", "A:", last number in prose).
 Numbers, with thousands, currency, percent, units, fractions and LaTeX around them, are compared exactly by `rewards.answers.numbers`;
-lists,
-sets, tuples, intervals and assignments element by element; everything symbolic goes to math-verify (Hugging Face), without its alarm, which
-works in a main thread only: deadlines are the reward pool's business. Expressions whose evaluation could explode are not evaluated.
+lists, sets, tuples, intervals and assignments element by element; everything symbolic by `rewards.answers.symbolic`. Deadlines are the
+reward pool's business; expressions whose evaluation could explode are not evaluated.
 
 Columns: `answer`, the gold answer: text or a number; a worked solution that ends in `#### 42` or `\boxed{42}` is accepted.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,27 +18,18 @@ from importlib.metadata import version as package_version
 from typing import Any
 
 from rewards import Prompt, column
-from rewards.answers.final_answer import MAX_ANSWER, boxed, final_answer
+from rewards.answers.final_answer import MAX_ANSWER, Found, boxed, final_answer
 from rewards.answers.numbers import Number, first_number, last_number, parse_number, same_number, tidy
+from rewards.answers.symbolic import FUNCTIONS, RELATION, VARIABLE, NotEvaluated, symbolically_equal
+from rewards.answers.wording import interval_in_words, without_wording
 from rlhub.types import RewardResult
 
-MAX_SYMBOLIC = 200  # characters of an expression that math-verify sees
 MAX_DEPTH = 7  # of brackets
 MAX_PARTS = 50  # elements of a list
-MAX_POWER = 5000  # product of the exponents of an expression
-MAX_VARIABLE_POWER = 60  # the same with variables in it
 
 _NAME = re.compile(r"\(?([a-zA-Z](?:_\{?\w\}?)?(?:\([a-z](?:,\s*[a-z])*\))?)\s*(?::?=|\\in(?![a-z]))\s*(?!=)(.+)", re.DOTALL)
 _ARITHMETIC = re.compile(r"[\d\s.,+\-*/()$%^{}]|\\times|\\cdot|\\div|\\frac")
 _CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:]\s|$)")
-_FUNCTIONS = re.compile(r"(?<![\\a-zA-Z])(sin|cos|tan|sec|csc|cot|log|ln|exp|arcsin|arccos|arctan|pi|sqrt)(?![a-zA-Z])")
-_WORD_UNITS = re.compile(r"(?<=[\d}) ])\s+(?!pi\b|or\b|and\b)[a-zA-Z]{2,}\.?(?:\s*\^\s*\{?[23]\}?)?(?:\s+(?!or\b|and\b)[a-zA-Z]{2,})*$")
-_HEAVY = re.compile(r"\\(?:int|sum|prod|lim|oint|iint|bigcup|bigcap|Gamma|zeta)(?![a-zA-Z])|\.\.\.")
-
-
-_LARGE_FACTORIAL = re.compile(r"!\s*!|[)}\]]\s*!|\d{4}\s*!|\^\{?\s*[^{}]*!|binom(?:\D*\d{4}|.*\^)")
-_EXPONENT = re.compile(r"\^\s*(\{(?:[^{}]|\{[^{}]*\})*\}?|\((?:[^()]|\([^()]*\))*\)?|[-\w\\]+)")
-_RELATION = re.compile(r"[<>]|\\(?:[gl]e|[gl]t)(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -51,13 +39,17 @@ class Config:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer that was read: `number` for a plain number, `parts` for several in `kind` (list, set, union, ":", or brackets as "(]")."""
+    """An answer that was read: `number` for a plain number, `parts` for several in `kind` (list, set, union, ":", or brackets as "(]").
+
+    Of a named value as `y = 2x + 1`, `text` is the value, `name` is y and `equation` the whole.
+    """
 
     text: str
     number: Number | None = None
     kind: str = ""
     parts: tuple[Answer, ...] = ()
     name: str = ""
+    equation: str = ""
 
 
 class Unreadable(ValueError):
@@ -66,7 +58,7 @@ class Unreadable(ValueError):
 
 def prepare(config: Config) -> None:
     """Loads sympy and math-verify, a second on a slow machine."""
-    _symbolically_equal(r"\sqrt{8}", r"2\sqrt{2}")
+    symbolically_equal(r"\sqrt{8}", r"2\sqrt{2}")
 
 
 def version(config: Config) -> str:
@@ -81,19 +73,37 @@ def grade(prompt: Prompt, completion: str, row: dict[str, Any], config: Config) 
         ValueError: the gold answer is missing or cannot be read.
     """
     gold = read_gold(column(row, "answer"))
+    if _is_words(gold.text) and _key(final_answer(completion, remarks=True).text or "") == _key(gold.text):
+        return RewardResult(1.0, detail=f"answer {gold.text}")
     found = final_answer(completion)
     if found.text is None:
         return RewardResult(0.0, "unparsed", found.reason)
     shown = f"answer {' '.join(found.text.split())[:80]}"
     try:
-        answer = read(found.text)
-        if gold.number is not None and answer.number is None:
-            if found.form == "whole" and not re.search(r"\d", found.text):
-                raise Unreadable("no number")
-            answer = _as_number(answer, found.form)
-        return RewardResult(float(equal(gold, answer)), detail=shown)
-    except Unreadable as error:
+        return RewardResult(float(_is_right(gold, found, completion)), detail=shown)
+    except (Unreadable, NotEvaluated) as error:
         return RewardResult(0.0, "unparsed", f"{error}: {shown}")
+
+
+def _is_right(gold: Answer, found: Found, completion: str) -> bool:
+    """Whether the answer that was found is the gold one, by the structure of the latter: a number may stand in a phrase, an interval may be
+    in words, one answer may stand in several boxes.
+
+    Raises:
+        Unreadable, NotEvaluated: it is no mathematics, or too large to be evaluated.
+    """
+    text = found.text or ""
+    if (gold.kind and gold.kind[0] in "([u") or RELATION.search(gold.text):
+        whole = text if found.form != "number" or len(completion) > MAX_ANSWER else completion
+        text = interval_in_words(_bare(tidy(whole))) or text
+    answer = read(text)
+    if gold.number is not None and answer.number is None:
+        if found.form == "whole" and not re.search(r"\d", text):
+            raise Unreadable("no number")
+        answer = _as_number(answer, found.form)
+    if found.form == "boxed" and answer.kind == "list" and not gold.kind:
+        return len(re.findall(r"\\f?boxed", completion)) > 1 and all(equal(gold, part) for part in answer.parts)
+    return equal(gold, answer)
 
 
 def read_gold(answer: Any) -> Answer:
@@ -132,7 +142,7 @@ def read(text: str) -> Answer:
     """
     if len(text) > MAX_ANSWER:
         raise Unreadable(f"longer than {MAX_ANSWER} characters")
-    plain = _bare(tidy(text))
+    plain = _bare(without_wording(_bare(tidy(text))))
     if not re.search(r"[\w°]|\\[a-z]", plain):
         raise Unreadable("empty")
     _check_brackets(plain)
@@ -145,16 +155,20 @@ def _read(text: str) -> Answer:
     number = parse_number(text)
     if number is not None:
         return Answer(text, number)
-    sides = _split(text, ["="])
+    sides = [side.strip() for side in _split(text, ["="])]
     if len(sides) > 1 and not _ARITHMETIC.sub("", "".join(sides[:-1])):
-        return _read(sides[-1])
+        last = _read(sides[-1])
+        if last.number or last.kind or not VARIABLE.search(sides[-1]):
+            return last
+        if len(sides) == 2:
+            return _read(f"{sides[1]}={sides[0]}") if _NAME.fullmatch(f"{sides[1]}={sides[0]}") else Answer(text)
     parts = _listed(text)
     if parts:
         return Answer(text, kind="list", parts=tuple(map(_read, parts)))
     named = _NAME.fullmatch(text)
     if named and not re.search(r"[=<>]", named[2]):
         value = _read(named[2])
-        return Answer(value.text, value.number, value.kind, value.parts, named[1].split("(")[0])
+        return Answer(value.text, value.number, value.kind, value.parts, named[1].split("(")[0], text)
     sides = _split(text, [r"\cup"])
     if len(sides) > 1:
         return Answer(text, kind="union", parts=tuple(map(_read, sides)))
@@ -193,7 +207,10 @@ def equal(gold: Answer, answer: Answer) -> bool:
         Unreadable: `answer` is no mathematics, or too large to be evaluated.
     """
     if gold.name and answer.name and gold.name != answer.name:
-        return False
+        return _is_open(gold) and _is_open(answer) and symbolically_equal(gold.equation, answer.equation)
+    equations = [side.equation or side.text for side in (gold, answer)]
+    if all(equation.count("=") == 1 for equation in equations) and not (gold.name and answer.name) and not (gold.kind or answer.kind):
+        return symbolically_equal(*equations)
     if _key(gold.text) == _key(answer.text):
         return True
     if gold.number is not None and answer.number is not None:
@@ -204,14 +221,20 @@ def equal(gold: Answer, answer: Answer) -> bool:
         if gold.kind[0] in "([" or answer.kind[0] in "([":
             return "list" in (gold.kind, answer.kind) and "()" in (gold.kind, answer.kind) and _in_order(gold, answer)
         return ":" not in (gold.kind, answer.kind) and _in_any_order(gold, answer)
-    if (gold.kind or answer.kind) and not (_RELATION.search(gold.text) or _RELATION.search(answer.text)):
+    if (gold.kind or answer.kind) and not (RELATION.search(gold.text) or RELATION.search(answer.text)):
         return False
     choice = _CHOICE.match(answer.text)
     if choice and re.fullmatch(r"[A-J]", gold.text):
         return choice[1] == gold.text
     if _is_words(gold.text) or _is_words(answer.text):
         return False
-    return _symbolically_equal(gold.text, answer.text)
+    return symbolically_equal(gold.text, answer.text)
+
+
+def _is_open(answer: Answer) -> bool:
+    """Whether a named value has variables in it, so that it is an equation between them."""
+    constants = re.sub(r"(?<![a-zA-Z])[ei](?![a-zA-Z])", "", answer.text)
+    return bool(answer.equation) and answer.number is None and VARIABLE.search(constants) is not None
 
 
 def _in_order(gold: Answer, answer: Answer) -> bool:
@@ -236,117 +259,6 @@ def _as_number(answer: Answer, form: str) -> Answer:
     pick: Callable[[str], str | None] = first_number if re.match(r"[-$€£\\]{0,3}\d", answer.text) else last_number
     number = pick(answer.text)
     return Answer(number, parse_number(number)) if number else answer
-
-
-@lru_cache(maxsize=1 << 14)
-def _symbolically_equal(gold: str, answer: str) -> bool:
-    """Whether two expressions are equal by Math-Verify (sympy).
-
-    Raises:
-        Unreadable: one of them is refused, cannot be read, or takes too long.
-    """
-    for text in (answer, gold):
-        reason = refusal(text)
-        if reason:
-            raise Unreadable(f"not evaluated, {reason}")
-    left, right = _expression(gold), _expression(answer)
-    if not left:
-        return False
-    if not right:
-        raise Unreadable("not readable as mathematics")
-    from math_verify import verify
-
-    try:
-        same = _same_values(left[0], right[0])
-        if same is None and any(map(_hard_to_solve, (gold, answer))):
-            raise Unreadable("not evaluated, a relation too hard to solve")
-        if same is None:
-            same = verify(left, right, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
-        return same
-    except Unreadable:
-        raise
-    except Exception as error:  # sympy raises nearly anything
-        raise Unreadable(f"cannot be compared ({type(error).__name__})") from error
-
-
-def _same_values(left: Any, right: Any) -> bool | None:
-    """Whether two sympy expressions agree at three points; None if that does not tell. `simplify` alone has no bound in time."""
-    from sympy import Expr, Float, Integer, Rational
-    from sympy.matrices import MatrixBase
-
-    if isinstance(left, MatrixBase) and isinstance(right, MatrixBase):
-        verdicts = [left.shape == right.shape, *map(_same_values, left.flat(), right.flat())]
-        return False if False in verdicts else None if None in verdicts else True
-    if not (isinstance(left, Expr) and isinstance(right, Expr)):
-        return None
-    exact = not (left.has(Float) or right.has(Float))
-    names = sorted({symbol.name for expression in (left, right) for symbol in expression.free_symbols})
-    for draw in range(3):
-        values = {name: Rational(7 * place + 5, 6 + draw) * (-1) ** (place * draw + draw) for place, name in enumerate(names)}
-        a, b = (
-            side.evalf(30, subs={symbol: values[symbol.name] for symbol in side.free_symbols}) if names else side.evalf(30)
-            for side in (left, right)
-        )
-        if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
-            return None
-        error = abs(a - b) / max(Integer(1), abs(b))
-        if error > 1e-5:
-            return False
-        exact = exact and error < 1e-20
-    return True if exact else None
-
-
-@lru_cache(maxsize=1 << 14)
-def _expression(text: str) -> list[Any]:
-    """What math-verify reads in a tidied text; empty where that is nothing."""
-    from math_verify import LatexExtractionConfig, parse
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the missing timeout and of each expression that it cannot read
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", _WORD_UNITS.sub("", text)).replace("°", r"^{\circ}").replace("$", "")
-    text = re.sub(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = _FUNCTIONS.sub(r"\\\1 ", text)
-    try:
-        found = parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", "first_match", parsing_timeout=None)
-    except Exception:  # of sympy and of antlr, nearly anything
-        return []
-    return [expression for expression in found if not isinstance(expression, str)]
-
-
-def refusal(text: str) -> str | None:
-    """Why an expression is not evaluated: its cost is not bounded by its length. None where it may be.
-
-    Example:
-        >>> refusal("10^{10^{10}}")
-        'powers too large'
-    """
-    if len(text) > MAX_SYMBOLIC:
-        return f"longer than {MAX_SYMBOLIC} characters"
-    if _HEAVY.search(text):
-        return "sums, integrals and limits are compared as text"
-    if re.search(r"\d{16}", text):
-        return "numbers too long"
-    if _LARGE_FACTORIAL.search(text):
-        return "factorials too large"
-    exponents = _EXPONENT.findall(text)
-    towers = any(exponent.count("^") > 1 or re.search(r"\d[})\s]*\^", exponent) for exponent in exponents)
-    # Powers of powers multiply their exponents.
-    size = math.prod(int(factor) or 1 for exponent in exponents for factor in re.findall(r"\d+", exponent))
-    variables = re.search(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])", text)
-    if towers or re.search(r"\^\s*[-\w]+\s*\^", text) or size > (MAX_VARIABLE_POWER if variables else MAX_POWER):
-        return "powers too large"
-    return None
-
-
-def _hard_to_solve(text: str) -> bool:
-    """Whether math-verify could take minutes to solve or simplify an expression that has to be compared as a whole."""
-    letters = set(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])", text))
-    powers = [int(factor) for exponent in _EXPONENT.findall(text) for factor in re.findall(r"\d+", exponent)]
-    relation = _RELATION.search(text) or "=" in text
-    transcendental = re.search(
-        r"\\(?:sin|cos|tan|sec|csc|cot|log|ln|exp)(?![a-zA-Z])[\s({\d^}]*[a-zA-Z]|\^(?:\{[^}]*[a-zA-Z]|[a-zA-Z])", text
-    )
-    roots = len(re.findall(r"\\sqrt(?![a-zA-Z])|\|", text)) > 2
-    return bool(relation and (transcendental or roots)) or math.prod(powers) > 6 or len(letters) > 6
 
 
 def _check_brackets(text: str) -> None:
@@ -419,4 +331,4 @@ def _key(text: str) -> str:
 
 
 def _is_words(text: str) -> bool:
-    return not re.search(r"[\\^=<>+*/]|\d", text) and re.search(r"[a-zA-Z]{2,}", text) is not None and not _FUNCTIONS.search(text)
+    return not re.search(r"[\\^=<>+*/]|\d", text) and re.search(r"[a-zA-Z]{2,}", text) is not None and not FUNCTIONS.search(text)

@@ -1,6 +1,7 @@
 """Numbers as people and models write them: thousands, currency, percent, units, fractions, mixed numbers, LaTeX, small number words.
 
-Everything is exact (`fractions.Fraction`) and linear in the length of the text.
+Everything is exact (`fractions.Fraction`) and linear in the length of the text. Integers and fractions are compared exactly, decimals by
+the digits that were written: 0.333333 is 1/3 and 0.33 is not, nor is 9.1e-31 any other number.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from fractions import Fraction
 
 MAX_DIGITS = 400  # of one number; more is not read
 MAX_EXPONENT = 400  # of a power of ten in scientific notation
-TOLERANCE = Fraction(2, 10**6)  # between a decimal and the number that it rounds; integers compare exactly
+ROUNDED_DIGITS = 6  # significant ones that a decimal needs to stand for a number that it rounds
+FLOAT_DIGITS = (16, 17)  # of a binary float written out, whose last ones are noise
+FLOAT_NOISE = Fraction(1, 10**14)
 
 _SYMBOLS = {
     0x2010: "-", 0x2011: "-", 0x2013: "-", 0x2212: "-",  # hyphens, en dash, minus sign
@@ -28,6 +31,7 @@ _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\\boxed(?![a-zA-Z])", ""),
+        (r"\\(?:text|mathrm|mathit|mathbf|operatorname)\*?\s*\{\s*([ei])\s*\}", r"{\1}"),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])\.?", ""),
         (r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname)\*?\s*\{([^{}]*)\}", r" \1 "),
@@ -93,11 +97,16 @@ _WORD = re.compile(rf"\b({'|'.join(_WORDS)})(?:[-\s]({'|'.join(list(_WORDS)[1:10
 
 @dataclass(frozen=True)
 class Number:
-    """A number with what was written beside it: `value` times `scale` (1/100 for percent, 10**6 for million) in `unit`."""
+    """A number with what was written beside it: `value` times `scale` (1/100 for percent, 10**6 for million) in `unit`.
+
+    Of a decimal, `step` is the worth of the last digit that was written and `digits` counts the significant ones; 0 of what is exact.
+    """
 
     value: Fraction
     scale: Fraction = Fraction(1)
     unit: str = ""
+    step: Fraction = Fraction(0)
+    digits: int = 0
 
 
 def tidy(text: str) -> str:
@@ -121,7 +130,7 @@ def parse_number(text: str) -> Number | None:
 
     Example:
         >>> parse_number("$1,234.50 per week")
-        Number(value=Fraction(2469, 2), scale=Fraction(1, 1), unit='$')
+        Number(value=Fraction(2469, 2), scale=Fraction(1, 1), unit='$', step=Fraction(1, 100), digits=6)
     """
     text = text.strip().removesuffix(".").strip()
     while len(text) > 1 and text[0] + text[-1] in ("()", "{}", "$$") and "," not in text:
@@ -138,20 +147,21 @@ def parse_number(text: str) -> Number | None:
     negative = found["sign"].strip().lower() in ("-", "minus", "negative") or found["inner"] == "-"
     scale, unit = scaled
     currency = found["currency"].lstrip("\\")
-    return Number(-value if negative else value, scale, _UNITS.get(currency, currency) if currency else unit)
+    unit = _UNITS.get(currency, currency) if currency else unit
+    return Number(-value if negative else value, scale, unit, *_precision(found["magnitude"]))
 
 
 def same_number(a: Number, b: Number) -> bool:
-    """Whether two numbers are equal: integers exactly, decimals up to rounding at the sixth digit.
+    """Whether two numbers are equal: integers and fractions exactly, decimals by the digits that were written.
 
     A percent sign or a scale word may be missing on one side (50% is 50 and 0.5; 0.5 is not 50). Units count only when both sides have
     one that is known.
     """
     if a.unit != b.unit and _known(a.unit) and _known(b.unit):
         return False
-    if _close(a.value * a.scale, b.value * b.scale):
+    if _same(a, b, a.scale, b.scale):
         return True
-    return (a.scale == 1) != (b.scale == 1) and _close(a.value, b.value)
+    return (a.scale == 1) != (b.scale == 1) and _same(a, b)
 
 
 def last_number(text: str) -> str | None:
@@ -170,10 +180,30 @@ def _written(found: re.Match[str]) -> str:
     return found.group().strip().rstrip(".")
 
 
-def _close(a: Fraction, b: Fraction) -> bool:
-    if a == b or (a.denominator == 1 and b.denominator == 1):
-        return a == b
-    return abs(a - b) <= TOLERANCE * min(1, abs(a), abs(b)) or abs(a - b) <= Fraction(1, 10**12)
+def _same(a: Number, b: Number, scale_a: Fraction = Fraction(1), scale_b: Fraction = Fraction(1)) -> bool:
+    """Whether two numbers are equal, or one is a decimal of enough digits that rounds or cuts off the other."""
+    left, right = (a.value * scale_a, a.step * scale_a, a.digits), (b.value * scale_b, b.step * scale_b, b.digits)
+    if left[0] == right[0]:
+        return True
+    (value, _, digits), (decimal, step, decimal_digits) = sorted((left, right), key=lambda side: side[1])
+    if not step or (digits and digits < ROUNDED_DIGITS):
+        return False
+    difference = abs(value - decimal)
+    if sum(FLOAT_DIGITS[0] <= count <= FLOAT_DIGITS[1] for count in (digits, decimal_digits)) == 1:
+        return difference <= FLOAT_NOISE * max(abs(value), abs(decimal))
+    cut_off = abs(decimal) < abs(value) and difference < step
+    return decimal_digits >= ROUNDED_DIGITS and (difference <= step / 2 or cut_off)
+
+
+def _precision(magnitude: str) -> tuple[Fraction, int]:
+    """(worth of the last digit, number of significant digits) of a decimal; zeros for anything else."""
+    found = re.fullmatch(rf"({_DECIMAL})({_POWER}?)", magnitude)
+    if found is None or ("." not in found[1] and not found[2]):
+        return Fraction(0), 0
+    digits = re.sub(r"[,\s]", "", found[1])
+    exponent = re.search(r"[-+]?\d+\s*\}?$", found[2])
+    power = (int(exponent.group().strip(" }")) if exponent else 0) - len(digits.partition(".")[2])
+    return Fraction(10) ** power, len(digits.replace(".", "").lstrip("0"))
 
 
 def _magnitude(text: str) -> Fraction | None:

