@@ -1,28 +1,27 @@
 """Code: does the program in the completion pass the task's tests? It runs in the sandbox, out of reach of tests and verdict.
 
-A program that fails, crashes, floods or exceeds its time was graded: status `ok`, value 0, and the detail says what happened. A completion
-without a program is `unparsed`. A sandbox that cannot run raises.
+The program is found by `rewards.answers.programs`: the fenced block that defines what the tests call, or the part of an unfenced text that
+is Python. One that fails, crashes, floods or exceeds its time was graded: status `ok`, value 0, and the detail says what happened. A
+completion without a program is `unparsed`; a row whose tests cannot be run is `rejected` with the reason. A sandbox that cannot run raises.
 
-Columns, one of
-- `test` (source of `check(candidate)`) and `entry_point`, with `prompt` (source that ends in the function's head): HumanEval;
-- `test_list` (assert statements), optionally `test_setup_code`, `test_imports` and the reference solution `code`: MBPP;
-- `tests`, a list of `{input, output}`: standard input and expected standard output, compared up to white space at the ends of lines.
+Columns: the tests, in any of the forms of `rewards.answers.program_tests` (HumanEval, MBPP, AceCode, pairs of input and output, APPS,
+TACO), and `prompt` where a completion may continue its source. Standard output is compared line by line up to white space at the ends,
+numbers with a point up to `tolerance`.
 """
 
 from __future__ import annotations
 
+import math
 import platform
-import re
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rewards import Prompt, column
-from rewards.sandbox import MODES, Limits, Verdict, layers, run_script, run_tests
+from rewards import Prompt
+from rewards.answers.program_tests import read_tests, same_output
+from rewards.answers.programs import find_program
+from rewards.sandbox import MODES, Limits, SandboxError, Verdict, layers, run_script, run_tests
 from rlhub.types import RewardResult
-
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-_PYTHON = ("python", "python3", "py", "")
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,14 @@ class Config:
     """`partial`: the share of the tests that pass, instead of 1.0 for all and 0 otherwise.
 
     `deadline_seconds` is for all tests of one program together. `sandbox`: strong, or weak for a machine that cannot do better, see
-    docs/sandbox.md.
+    docs/sandbox.md. `tolerance`: relative, of numbers with a point in standard output, absolute below 1.
     """
 
     partial: bool = False
     deadline_seconds: float = 5.0
     memory_megabytes: int = 512
     sandbox: str = "strong"
+    tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
         if self.sandbox not in MODES:
@@ -69,60 +69,55 @@ def grade(prompt: Prompt, completion: str, row: dict[str, Any], config: Config) 
     """0 or 1, or the share of tests passed with `partial`; see the module.
 
     Raises:
+        rewards.sandbox.SandboxError: the sandbox cannot run here, or failed.
+    """
+    try:
+        return _graded(prompt, completion, row, config)
+    except SandboxError:
+        raise
+    except ValueError as error:
+        return RewardResult(math.nan, "rejected", str(error))
+
+
+def _graded(prompt: Prompt, completion: str, row: dict[str, Any], config: Config) -> RewardResult:
+    """As `grade`.
+
+    Raises:
         ValueError: the row has no tests or tests that cannot be run.
         rewards.sandbox.SandboxError: the sandbox cannot run here, or failed.
     """
-    program, fenced = extract_program(completion)
-    if not program.strip():
+    tests = read_tests(row, completion, config.tolerance)
+    program = find_program(row.get("prompt", prompt), completion, tests.names)
+    if not program.code.strip():
         return RewardResult(0.0, "unparsed", "no program")
     limits = Limits(deadline_seconds=config.deadline_seconds, memory_megabytes=config.memory_megabytes)
-    if "tests" in row:
-        verdict = _examples(program, row["tests"], limits, config)
-    elif "test_list" in row:
-        setup = "\n".join([*row.get("test_imports", ()), row.get("test_setup_code", "")])
-        tests = {"kind": "asserts", "tests": list(row["test_list"]), "setup": setup, "reference": row.get("code", "")}
-        verdict = run_tests("", program, {**tests, "partial": config.partial}, limits, config.sandbox)
-    elif "test" in row:
-        head = row.get("prompt", prompt if isinstance(prompt, str) else "")
-        tests = {"kind": "function", "tests": row["test"], "entry_point": column(row, "entry_point")}
-        verdict = run_tests(head, program, {**tests, "partial": config.partial}, limits, config.sandbox)
+    partial = {"partial": config.partial}
+    if tests.examples:
+        verdict = _examples(program.code, tests.examples, limits, config)
+    elif tests.statements:
+        given = {"kind": "asserts", "tests": tests.statements, "setup": tests.setup, "reference": tests.reference}
+        verdict = run_tests("", program.code, given | partial, limits, config.sandbox)
     else:
-        raise ValueError(f"code_tests needs a column test, test_list or tests; the task's rows have: {', '.join(map(str, row)) or 'none'}")
-    if not fenced and not verdict.passed and "SyntaxError" in verdict.failure:
+        given = {"kind": "function", "tests": tests.check, "entry_point": tests.names[0]}
+        verdict = run_tests(program.head, program.code, given | partial, limits, config.sandbox)
+    if not program.fenced and not verdict.passed and "SyntaxError" in verdict.failure:
         return RewardResult(0.0, "unparsed", f"no program: {verdict.failure}")
     value = verdict.passed / verdict.total if config.partial and verdict.total and not verdict.all_passed else float(verdict.all_passed)
     return RewardResult(value, detail=verdict.failure or f"all {verdict.total} tests passed")
 
 
-def extract_program(completion: str) -> tuple[str, bool]:
-    """The last fenced block of Python and True, or the whole text and False. Indentation is kept, so that a function's body stays one.
-
-    Example:
-        >>> extract_program("So:\\n```python\\nprint(1)\\n```")
-        ('print(1)\\n', True)
-    """
-    blocks = [code for language, code in _BLOCK.findall(completion) if language.lower() in _PYTHON]
-    return (blocks[-1], True) if blocks else (completion, False)
-
-
-def _examples(program: str, tests: list[dict[str, str]], limits: Limits, config: Config) -> Verdict:
-    """Run a program on pairs of input and output, until the first that fails unless partial credit counts; one deadline for all.
-
-    Raises:
-        ValueError: there are no tests.
-    """
-    if not tests:
-        raise ValueError("the row's column tests is empty")
+def _examples(program: str, tests: list[tuple[str, str]], limits: Limits, config: Config) -> Verdict:
+    """Run a program on pairs of input and output, until the first that fails unless partial credit counts; one deadline for all."""
     until = time.monotonic() + limits.deadline_seconds
     passed, first = 0, ""
-    for number, test in enumerate(tests, start=1):
+    for number, (given, wanted) in enumerate(tests, start=1):
         left = max(0.01, until - time.monotonic())
-        outcome = run_script(program, test["input"], replace(limits, deadline_seconds=left), config.sandbox)
+        outcome = run_script(program, given, replace(limits, deadline_seconds=left), config.sandbox)
         failure = {"deadline": f"time limit of {config.deadline_seconds:g} s", "output": "too much output"}.get(outcome.ending, "")
         if not failure and outcome.code:
             said = outcome.stderr.decode(errors="replace").strip().splitlines()
             failure = f"ended with code {outcome.code}" + (f", {said[-1][:200]}" if said else "")
-        if not failure and _lines(outcome.stdout.decode(errors="replace")) != _lines(test["output"]):
+        if not failure and not same_output(outcome.stdout.decode(errors="replace"), wanted, config.tolerance):
             failure = "other output"
         if failure:
             first = first or f"test {number} of {len(tests)}: {failure}"
@@ -131,7 +126,3 @@ def _examples(program: str, tests: list[dict[str, str]], limits: Limits, config:
         if outcome.ending == "deadline" or (failure and not config.partial):
             break
     return Verdict("exit", passed, len(tests), first)
-
-
-def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().splitlines()]

@@ -268,7 +268,7 @@ def graded() -> Batch:
     """Three prompts with two completions each: of different lengths, so that two learners have different numbers of micro-batches."""
     random = np.random.default_rng(0)
     rollouts = []
-    for uid, length in enumerate([20, 20, 6, 6, 6, 6]):
+    for uid, length in enumerate([30, 30, 6, 6, 6, 6]):
         steps, none = np.arange(length, dtype=np.int16), np.zeros(length, np.float32)
         tokens = random.integers(0, 12, 3 + length).astype(np.int32)
         one = Rollout(uid, uid // 2, tokens[:3], tokens[3:], length, steps, none, none, np.zeros(length, np.int32), length)

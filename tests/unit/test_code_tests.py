@@ -13,7 +13,7 @@ from data_files import DATA, needs_data
 from sandbox_makers import maker  # noqa: F401
 
 from rewards import load_grader
-from rewards.code_tests import extract_program
+from rewards.answers.programs import blocks, find_program
 from rewards.sandbox.inside.values import decode, encode
 
 HUMANEVAL = DATA / "humaneval" / "HumanEval.jsonl.gz"
@@ -55,7 +55,8 @@ def graded(completion, row, **options):
         ("    return a / 0\n", 0.0, "ok", "test 1 of 3: ZeroDivisionError: division by zero"),
         ("```python\ndef sub(a, b): return a\n```", 0.0, "ok", "test 1 of 3 failed"),
         ("```python\ndef add(a, b) return a\n```", 0.0, "ok", "SyntaxError"),
-        ("raise ValueError('no')", 0.0, "ok", "the program does not load: ValueError: no"),
+        ("raise ValueError('no')", 0.0, "ok", "test 1 of 3: ValueError: no"),
+        ("```python\ndef add(a, b): return a + b\nraise ValueError('no')\n```", 0.0, "ok", "the program does not load: ValueError: no"),
         ("I do not know.", 0.0, "unparsed", "no program"),
         ("", 0.0, "unparsed", "no program"),
         ("```python\n```", 0.0, "unparsed", "no program"),
@@ -146,7 +147,7 @@ def test_errors_cross_as_their_built_in_kind():
 @pytest.mark.parametrize(
     ("row", "cause"),
     [
-        ({"answer": 1}, "needs a column test, test_list or tests"),
+        ({"answer": 1}, "needs a column test, test_list, test_cases, tests or input_output"),
         ({"test": "def check(c): pass"}, "entry_point"),
         ({**ADD, "test": "def check(candidate) assert"}, "the tests cannot be run: SyntaxError"),
         ({**ADD, "test": "x = 1"}, "the tests cannot be run: KeyError"),
@@ -155,9 +156,9 @@ def test_errors_cross_as_their_built_in_kind():
         ({"test_list": ["assert 1 == 1"]}, "call nothing of the program"),
     ],
 )
-def test_unusable_tests_are_an_error_and_not_a_grade(row, cause):
-    with pytest.raises(ValueError, match=cause):
-        graded("def add(a, b): return a", row)
+def test_unusable_tests_are_rejected_and_not_a_grade(row, cause):
+    result = graded("def add(a, b): return a", row)
+    assert result.status == "rejected" and cause in result.detail and result.value != result.value
 
 
 @pytest.mark.parametrize(
@@ -221,10 +222,11 @@ def test_several_threads_may_grade_at_once():
 
 
 def test_extraction_takes_the_last_block_of_python():
-    assert extract_program("x = 1") == ("x = 1", False)
-    assert extract_program("```\nx = 1\n```") == ("x = 1\n", True)
-    assert extract_program("```python\nx = 1\n```\n```bash\nls\n```") == ("x = 1\n", True)
-    assert extract_program("```Python\r\nx = 1\n```\n```py\nx = 2") == ("x = 2", True)
+    assert find_program("", "x = 1").code == "x = 1"
+    assert find_program("", "```\nx = 1\n```").code == "x = 1\n"
+    assert find_program("", "```python\nx = 1\n```\n```bash\nls\n```").code == "x = 1\n"
+    assert find_program("", "```Python\r\nx = 1\n```\n```py\nx = 2").code == "x = 2\n"
+    assert [block.language for block in blocks("```py\n1\n```\n~~~ruby\n```\n~~~")] == ["py", "ruby"]
 
 
 def humaneval():
@@ -306,9 +308,9 @@ def test_a_program_that_fails_in_the_setup_has_failed_and_does_not_pass_for_brok
     assert (result.value, result.status) == (0.0, "ok") and "before the tests" in result.detail
 
 
-def test_a_setup_that_fails_by_itself_is_the_graders_failure():
-    with pytest.raises(Exception, match="ZeroDivisionError"):
-        graded("def f(): return 1", {"test_list": ["assert f() == 1"], "test_setup_code": "x = 1 / 0"})
+def test_a_setup_that_fails_by_itself_is_no_grade():
+    result = graded("def f(): return 1", {"test_list": ["assert f() == 1"], "test_setup_code": "x = 1 / 0"})
+    assert result.status == "rejected" and "ZeroDivisionError" in result.detail
 
 
 @needs_data("humaneval")

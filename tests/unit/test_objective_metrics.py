@@ -152,5 +152,5 @@ def test_supervised_loss_is_told_per_token() -> None:
 
 
 def test_a_tie_is_no_pair_ranked_right() -> None:
-    metrics = pair_metrics("dpo", tensor([2.0, 1.0, 1.0, 3.0]), tensor([1.0, 2.0, 1.0, -1.0]))
-    assert metrics == {"pairs": 4.0, "dpo/accuracy": 0.5, "dpo/margin": 1.0, "dpo/chosen": 1.75, "dpo/rejected": 0.75}
+    metrics = pair_metrics("dpo", tensor([2.0, 1.0, 1.0, 3.0, 3.0]), tensor([1.0, 2.0, 1.0, -1.0, 2.0]))
+    assert metrics == {"pairs": 5.0, "dpo/accuracy": 0.6, "dpo/margin": 1.0, "dpo/chosen": 2.0, "dpo/rejected": 1.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import builtins
 import json
 import operator
 import sys
@@ -91,6 +92,7 @@ def _text(error: BaseException) -> str:
 
 
 def new_module(name: str) -> types.ModuleType:
-    """An empty module that `import` finds."""
+    """An empty module that `import` finds, in an interpreter with the `exit` and `quit` that its site module would bring."""
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)
     module = sys.modules[name] = types.ModuleType(name)
     return module
