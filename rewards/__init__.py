@@ -11,6 +11,7 @@ and may have, for graders that are faster in batches or slow to start,
     prepare(config)                                 loads models or data once in each process, outside of the deadlines
     version(config)                                 -> str, what the grades depend on beside source and options (weights, data files)
     batched(config)                                 -> bool, is `grade_batch` the better way with these options? Without it, yes
+    COLUMNS                                         names of columns that it needs, "a|b" for one of several; told before anything starts
     own_limits(config)                              -> bool, does it bound its time and memory itself (a model, a server with timeouts)?
                                                        Then only the death of its process is dealt with from outside
 
@@ -21,7 +22,9 @@ grader that cannot do its work raises, and whoever called it records that. An an
 
 A module of your own is named by its dotted path or its file (`./grader.py`). A function is accepted too, from a module
 (`my_package.graders:brevity`) or a file (`grader.py:brevity`): either `f(prompt, completion, row, **options)` or TRL's
-`f(prompts, completions, **columns) -> list[float]`, as it is; both may be `async def`.
+`f(prompts, completions, **columns) -> list[float]`, as it is; both may be `async def`. Functions written for verl
+(`f(data_source, solution_str, ground_truth, extra_info)`) and OpenRLHF (`f(queries, prompts, labels)`) are called by their parameters'
+names, with `ground_truth` and `labels` from the column of that name, or of verl's `reward_model`, or `answer`.
 
 What graders share lies in `answers`, `sandbox` and `pool`; every module directly in this folder without a leading underscore is a reward.
 """
@@ -32,7 +35,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -41,11 +44,12 @@ from types import ModuleType
 from typing import Any
 
 from rewards._grader import Grader, Item, WrongCount, same_count
+from rewards.answers.text import plain
 from rlhub.errors import RecipeError
 from rlhub.parts import did_you_mean, load_file, load_module, load_part, one_line, part_config
 from rlhub.types import Prompt
 
-__all__ = ["Grader", "Item", "Prompt", "WrongCount", "check_answer", "column", "extract_answer", "load_grader"]
+__all__ = ["Grader", "Item", "Prompt", "WrongCount", "check_answer", "check_columns", "column", "extract_answer", "load_grader"]
 
 CONTRACT = ("Config", "grade(prompt, completion, row, config)")
 ANSWERS = ("tags", "whole")
@@ -108,6 +112,16 @@ def column(row: dict[str, Any], name: str) -> Any:
     return row[name]
 
 
+def check_columns(part: dict[str, Any], columns: Collection[str]) -> None:
+    """Raises ValueError where a reward states that it needs a column which is not among `columns`."""
+    name = part.get("name")
+    needed = getattr(load_part("rewards", name), "COLUMNS", ()) if isinstance(name, str) and ":" not in name else ()
+    for alternatives in needed:
+        if not set(alternatives.split("|")) & set(columns):
+            shown = " or ".join(map(repr, alternatives.split("|")))
+            raise ValueError(f"the reward needs the column {shown}, the task's rows have: {', '.join(map(str, columns)) or 'none'}")
+
+
 def _grade_with(grade: Callable[..., Any], config: Any, prompt: Prompt, completion: str, row: dict[str, Any]) -> Any:
     return grade(prompt, completion, row, config)
 
@@ -153,10 +167,72 @@ def _function_grader(name: str, options: dict[str, Any]) -> Grader:
         if not open_ended and key not in parameters:
             raise RecipeError(f"unknown option {key!r}{did_you_mean(key, list(parameters))}")
     bound, version = partial(function, **options), _version(module, {"function": function_name, **options}, "")
+    if "solution_str" in parameters:
+        return Grader(name, one=partial(_grade_with_verl, bound, frozenset(parameters)), version=version)
+    if "queries" in parameters:
+        many = partial(_grade_with_openrlhf, bound, frozenset(parameters), name)
+        return Grader(name, one=partial(_first_of, many), many=many, version=version)
     if "completions" not in parameters:
+        _check_three(name, parameters, options)
         return Grader(name, one=bound, version=version)
     many = partial(_grade_with_trl, bound, None if open_ended else frozenset(parameters), name)
     return Grader(name, one=partial(_first_of, many), many=many, version=version)
+
+
+def _check_three(name: str, parameters: Mapping[str, inspect.Parameter], options: dict[str, Any]) -> None:
+    """Refuse a function that three positional arguments do not fit."""
+    places = [one for one in parameters.values() if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    needed = [one.name for one in places if one.default is one.empty and one.name not in options]
+    needed += [
+        one.name for one in parameters.values() if one.kind is one.KEYWORD_ONLY and one.default is one.empty and one.name not in options
+    ]
+    any_number = any(one.kind is one.VAR_POSITIONAL for one in parameters.values())
+    if len(needed) > 3 or (len(places) < 3 and not any_number):
+        raise RecipeError(
+            f"{name} takes ({', '.join(parameters)}); write f(prompt, completion, row, **options), or one of TRL's f(prompts, completions, "
+            "**columns), verl's f(data_source, solution_str, ground_truth, extra_info), OpenRLHF's f(queries, prompts, labels)"
+        )
+
+
+def _truth(row: dict[str, Any], *names: str) -> Any:
+    """The gold answer of a row: a column of one of the names, verl's `reward_model.ground_truth`, or `answer`.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    nested = row.get("reward_model")
+    if isinstance(nested, dict) and "ground_truth" in nested:
+        return nested["ground_truth"]
+    found = next((name for name in (*names, "answer") if name in row), None)
+    return row[found] if found else column(row, names[0])
+
+
+async def _grade_with_verl(
+    function: Callable[..., Any], accepted: frozenset[str], prompt: Prompt, completion: str, row: dict[str, Any]
+) -> Any:
+    """Calls `f(data_source, solution_str, ground_truth, extra_info)`, which returns a number or `{"score": number, ...}`."""
+    arguments = {**row, "solution_str": completion}
+    arguments |= {name: row.get(name) for name in ("data_source", "extra_info")}
+    if "ground_truth" in accepted:
+        arguments["ground_truth"] = _truth(row, "ground_truth")
+    value = function(**{key: value for key, value in arguments.items() if key in accepted})
+    value = await value if inspect.isawaitable(value) else value
+    return column(value, "score") if isinstance(value, dict) else value
+
+
+async def _grade_with_openrlhf(function: Callable[..., Any], accepted: frozenset[str], name: str, items: Sequence[Item]) -> list[Any]:
+    """Calls `f(queries, prompts, labels)`, which returns one number a query, or `{"rewards": numbers, ...}`; a query is prompt and
+    completion."""
+    prompts = [plain(prompt) for prompt, _, _ in items]
+    arguments: dict[str, Any] = {
+        "prompts": prompts,
+        "queries": [prompt + completion for prompt, (_, completion, _) in zip(prompts, items, strict=True)],
+    }
+    if "labels" in accepted:
+        arguments["labels"] = [_truth(row, "labels", "ground_truth") for _, _, row in items]
+    values = function(**{key: value for key, value in arguments.items() if key in accepted})
+    values = await values if inspect.isawaitable(values) else values
+    return same_count(column(values, "rewards") if isinstance(values, dict) else values, len(items), name)
 
 
 async def _first_of(many: Callable[[Sequence[Item]], Any], prompt: Prompt, completion: str, row: dict[str, Any]) -> Any:

@@ -23,6 +23,8 @@ from rewards.answers.programs import find_program
 from rewards.sandbox import MODES, Limits, SandboxError, Verdict, layers, run_script, run_tests
 from rlhub.types import RewardResult
 
+COLUMNS = ("tests|input_output|test_list|test_cases|test",)
+
 
 @dataclass(frozen=True)
 class Config:

@@ -11,6 +11,8 @@ from typing import Any
 from rewards import Prompt, column
 from rlhub.types import RewardResult
 
+COLUMNS = ("answer",)
+
 
 @dataclass(frozen=True)
 class Config:

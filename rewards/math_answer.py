@@ -31,6 +31,8 @@ _NAME = re.compile(r"\(?([a-zA-Z](?:_\{?\w\}?)?(?:\([a-z](?:,\s*[a-z])*\))?)\s*(
 _ARITHMETIC = re.compile(r"[\d\s.,+\-*/()$%^{}]|\\times|\\cdot|\\div|\\frac")
 _CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:]\s|$)")
 
+COLUMNS = ("answer",)
+
 
 @dataclass(frozen=True)
 class Config:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import pkgutil
 import re
@@ -126,6 +128,37 @@ def absolute_file(name: Any, folder: Path) -> Any:
     return next(filter(os.path.isfile, places), places[0]) + (match[2] or "")
 
 
+def own_part_hashes(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 in hex of every file of Python that a flat recipe names as a part of the user's own, by file or by dotted path."""
+    files: set[Path] = set()
+    for value in _texts(list(recipe.values())):
+        match = _FILE.fullmatch(value)
+        if match:
+            files.add(Path(match[1]))
+        elif re.fullmatch(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+(?::\w+)?", value):
+            try:
+                spec = importlib.util.find_spec(value.partition(":")[0])
+            except (ImportError, ValueError):
+                continue
+            ships = value.split(".")[0] in ("rlhub", "rewards", "workers")
+            if spec and spec.origin and spec.origin.endswith(".py") and not ships:
+                files.add(Path(spec.origin))
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files) if file.is_file()}
+
+
+def _texts(values: list[Any]) -> list[str]:
+    """All texts in nested lists and mappings."""
+    found = []
+    for value in values:
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, Mapping):
+            found += _texts(list(value.values()))
+        elif isinstance(value, list | tuple):
+            found += _texts(list(value))
+    return found
+
+
 def short_name(name: str) -> str:
     """The last word of a part's name.
 
@@ -179,6 +212,9 @@ def _check_contract(package: ModuleType, module: ModuleType, name: str) -> None:
             wanted = "dataclass Config with its options" if entry == "Config" else " or ".join(choices)
             where = f"see {package.__name__.replace('.', '/')}/__init__.py"
             raise RecipeError(f"{package.__name__} part {name} has no {wanted}; {where}")
+        misfit = next((misfit for choice in choices if (misfit := _misfit(module, choice))), None)
+        if misfit:
+            raise RecipeError(f"{package.__name__} part {name}: {misfit}; see {package.__name__.replace('.', '/')}/__init__.py")
 
 
 def _has(module: ModuleType, wanted: str) -> bool:
@@ -188,6 +224,23 @@ def _has(module: ModuleType, wanted: str) -> bool:
     if name == "Config":
         return isinstance(value, type) and dataclasses.is_dataclass(value)
     return callable(value) if call else name in vars(module)
+
+
+def _misfit(module: ModuleType, wanted: str) -> str | None:
+    """How a function or class of a module differs from the arguments with which it is called; None where it takes them, or is not there."""
+    name, call, arguments = wanted.partition("(")
+    value = vars(module).get(name)
+    if not call or not callable(value):
+        return None
+    names = arguments.rstrip(")").split(", ")
+    try:
+        signature = inspect.signature(value)
+        signature.bind(*names)
+    except TypeError:
+        return f"{name} is called with ({', '.join(names)}), and takes ({', '.join(signature.parameters)})"
+    except ValueError:  # of something built in, which has no signature
+        return None
+    return None
 
 
 class _FileLoader(SourceFileLoader):

@@ -21,5 +21,7 @@ class RewardPoolConfig:
     """Resident memory of a grading process; one that takes more is ended."""
     retries: NonNegativeInt = 1
     """Of an item whose process died; one that passed its deadline is not tried again."""
+    failed_steps: PositiveInt = 3
+    """Steps in a row without a single valid grade after which a run stops with the grader's message."""
     cache: str = "none"
     """Of valid grades: none, memory or a folder, which may be shared by workers and runs."""

@@ -55,7 +55,7 @@ def evaluate(
     else:
         results = _evaluate_choices(path, choices, overrides, out)
     if as_json:
-        click.echo(json.dumps(results))
+        click.echo(json.dumps({key: None if value != value else value for key, value in results.items()}, allow_nan=False))
     else:
         _print_results(results)
 

@@ -20,10 +20,17 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
       rlhub plan recipes/sort.yaml roles.learners=4 --json
     """
     from rlhub.config.recipe import load_recipe
+    from rlhub.config.tasks import check_reward_columns, evaluation_task
+    from rlhub.errors import DataError
     from rlhub.planning.plan import make_plan
     from rlhub.planning.view import plan_view
 
-    made = make_plan(load_recipe(recipe, overrides))
+    loaded = load_recipe(recipe, overrides)
+    made = make_plan(loaded)
+    try:
+        check_reward_columns(loaded, evaluation_task(loaded))
+    except DataError as error:
+        click.echo(f"the data cannot be read here, so the reward's columns were not checked: {error}", err=True)
     if as_json:
         click.echo(json.dumps(made.to_dict()))
     else:

@@ -28,6 +28,7 @@ from rlhub.errors import RecipeError
 from rlhub.parts import KeyedError, absolute_file, did_you_mean, flatten, one_line, part_config, show
 
 NAMES = {*(name_key for _, name_key, _ in PARTS), "weights.transport"}  # keys that name a part
+PATHS = ("task.train.path", "task.eval.path", "pairs.data.path", "model.path")  # keys that name data or a model
 NESTED = ("task.reward.", "algorithm.auxiliary")  # where lists of parts stand
 
 
@@ -209,6 +210,8 @@ def _with_absolute_files(key: str, value: Any, folder: Path) -> Any:
     """A value in which parts that are single files are named by their absolute paths, so that the saved recipe loads from anywhere."""
     if key in NAMES:
         return absolute_file(value, folder)
+    if key in PATHS and isinstance(value, str):
+        return _absolute_path(value, folder)
     if isinstance(value, list) and key.startswith(NESTED):
         return [_with_absolute_files(key, item, folder) for item in value]
     if isinstance(value, Mapping) and key.startswith(NESTED):
@@ -216,6 +219,12 @@ def _with_absolute_files(key: str, value: Any, folder: Path) -> Any:
             name: absolute_file(item, folder) if name == "name" else _with_absolute_files(key, item, folder) for name, item in value.items()
         }
     return value
+
+
+def _absolute_path(path: str, folder: Path) -> str:
+    """What exists from the recipe's folder, else from the current one, as an absolute path; anything else as it is, as a hub's name."""
+    places = [Path(os.path.abspath(base / Path(path).expanduser())) for base in (folder, Path.cwd())]
+    return str(next((place for place in places if path and place.exists()), path))
 
 
 def _drop_replaced_options(values: dict[str, Any], layer: Mapping[str, Any]) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from rlhub.config.recipe import load_recipe, validate
 from rlhub.config.schema import Recipe
-from rlhub.config.tasks import evaluation_task
+from rlhub.config.tasks import check_reward_columns, evaluation_task
 from rlhub.errors import RecipeError, UserError, WorkerLost
 from rlhub.tasks import Task
+from rlhub.training.grade_checks import try_grader
 from rlhub.training.held_out import evaluate
 
 
@@ -21,11 +22,16 @@ def evaluate_checkpoint(path: Path, overrides: list[str] | None = None, recipe_p
     Raises:
         RecipeError: no recipe is given and the checkpoint lies in no run folder.
         CheckpointError: there is nothing to load.
-        UserError: a generator kept dying; the message says which.
+        UserError: a generator kept dying, or the reward cannot grade; the message says which and why.
     """
     recipe, model_path = evaluation_recipe(path, overrides or [], recipe_path)
     with evaluation_crew(recipe, model_path) as (crew, task, tokenizer):
-        return evaluate(crew, recipe, task, tokenizer)
+        check_reward_columns(recipe, task)
+        try_grader(crew, recipe, task)
+        results = evaluate(crew, recipe, task, tokenizer)
+    if all(value == 1.0 for key, value in results.items() if key.startswith("eval/invalid_share")):
+        raise UserError(f"no completion could be graded, so there is no accuracy: {results['eval/first_failure']}")
+    return results
 
 
 def evaluation_recipe(path: Path, overrides: list[str], recipe_path: str | None = None) -> tuple[Recipe, Path]:

@@ -93,6 +93,7 @@ def render_report(runs: Sequence[Run]) -> str:
         title=" / ".join(groups) if several else first.name,
         subtitle=f"{len(runs)} runs" if several else f"rlhub run, {progress_text(first)}",
         about=first.config.get("about") or "",
+        alarms=[alarm for run in runs for alarm in alarms(run, several)],
         running=running,
         state="in progress" if running else "finished",
         cards=[group_card(row) for row in accuracies] if several else headline(first),
@@ -108,6 +109,24 @@ def render_report(runs: Sequence[Run]) -> str:
         differences=differences({name: members[0].config for name, members in groups.items()}) if several else [],
         difference_names=list(groups),
     )
+
+
+def alarms(run: Run, several: bool) -> list[str]:
+    """What of a run should not be read past: steps whose completions could not be graded, and steps without any signal."""
+    steps = [row for row in run.rows if row["step"] > 0]
+    failed = [row for row in steps if row.get("reward/invalid_share", 0.0) > 0]
+    silent = sum(row.get("group/no_signal_share") == 1.0 for row in steps)
+    name = f"{run.name}: " if several else ""
+    found = []
+    if failed:
+        share = sum(row["reward/invalid_share"] for row in failed) / len(failed)
+        reason = next(
+            (f", first of step {row['step']}: {row['reward/first_failure']}" for row in failed if "reward/first_failure" in row), ""
+        )
+        found.append(f"{name}{len(failed)} steps have completions that could not be graded ({share:.0%} of theirs){reason}")
+    if silent:
+        found.append(f"{name}{silent} of {len(steps)} steps taught nothing: all completions of each prompt had the same reward")
+    return found
 
 
 def load_run(path: Path) -> Run:

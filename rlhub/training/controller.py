@@ -133,6 +133,7 @@ def run_online(session: Session) -> None:
         with session.span("reward"):
             rollouts, texts = grade(crew, issued, rollouts, tokenizer, recipe.reward_pool.batch_size)
             rollouts = grade_states(crew, issued, rollouts, tokenizer, recipe)
+        record.add(session.grades.statuses(rollouts))
         trained = shuffle_grades(rollouts, session.noise, step) if recipe.task.shuffle_rewards else rollouts
         batch = crew.runtime.put(algorithm.credited(_batch_of(session, trained)))
         views: Future[list[Views]] | None = None
@@ -147,6 +148,7 @@ def run_online(session: Session) -> None:
         with session.span("learn"):
             metrics = crew.learners.step(batch, views, reference)
         check_gradient(metrics)  # weights that are lost go nowhere
+        session.tell_silence(metrics)
         if not recipe.weights.in_flight:
             with session.span("generate"):
                 crew.generators.settle()

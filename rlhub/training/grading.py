@@ -67,6 +67,12 @@ def grade_items(crew: Crew, items: Sequence[Item], batch_size: int) -> list[Rewa
     return [results[index] for index in range(len(items))]
 
 
+def reason_of(result: RewardResult) -> str:
+    """Status and last line of what a grader said of an item that it did not grade."""
+    lines = [line.strip() for line in result.detail.splitlines() if line.strip()]
+    return f"{result.status}, {lines[-1]}" if lines else result.status
+
+
 def grade_states(
     crew: Crew, issued: Issued, rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerFast, recipe: Recipe
 ) -> list[Rollout]:

@@ -13,7 +13,7 @@ from rlhub.config.schema import Recipe, SamplerConfig
 from rlhub.phases import Phase
 from rlhub.records.step_record import Metric
 from rlhub.tasks import Task
-from rlhub.training.grading import grade
+from rlhub.training.grading import grade, reason_of
 from rlhub.training.rollouts import evaluation_settings, issue
 from workers.crew import Crew
 
@@ -45,6 +45,7 @@ class Measurement:
         accurate: bool [problems].
         forwards, tokens: sums over the completions; tokens through the first EOS.
         seconds: of generation, grading apart.
+        first_failure: why the first completion without a valid grade has none.
     """
 
     values: np.ndarray
@@ -52,6 +53,7 @@ class Measurement:
     forwards: int
     tokens: int
     seconds: float
+    first_failure: str = ""
 
     @property
     def accuracy(self) -> float:
@@ -85,6 +87,7 @@ def measure(crew: Crew, recipe: Recipe, task: Task, tokenizer: PreTrainedTokeniz
     return Measurement(
         values=np.array([grade.value if grade.valid else np.nan for grade in grades]),
         accurate=np.array([grade.accurate for grade in grades]),
+        first_failure=next((reason_of(grade) for grade in grades if not grade.valid), ""),
         forwards=sum(rollout.num_forwards for rollout in graded),
         tokens=sum(rollout.length for rollout in graded),
         seconds=seconds,
@@ -103,6 +106,8 @@ def evaluate(crew: Crew, recipe: Recipe, task: Task, tokenizer: PreTrainedTokeni
         metrics[key] = measured.accuracy
         metrics[key.replace("accuracy", "reward")] = measured.mean_reward
         metrics[key.replace("accuracy", "invalid_share")] = measured.invalid_share
+        if measured.first_failure:
+            metrics["eval/first_failure"] = measured.first_failure
     return metrics | {
         "eval/num_problems": num_test_problems(recipe, task),
         "eval/test_set": task.description,

@@ -20,12 +20,12 @@ from rlhub.checkpoints.weights import save_network
 from rlhub.config.checks import check_devices
 from rlhub.config.recipe import dump_recipe, load_recipe, validate
 from rlhub.config.schema import Recipe, RopeConfig
-from rlhub.config.tasks import evaluation_task, task_kind
+from rlhub.config.tasks import check_reward_columns, evaluation_task, task_kind
 from rlhub.errors import CheckpointError, RecipeError, UserError, WorkerLost
 from rlhub.files import replace_file
 from rlhub.networks.rope import extend
 from rlhub.noise import Noise
-from rlhub.parts import load_part
+from rlhub.parts import load_part, own_part_hashes
 from rlhub.phases import Phase
 from rlhub.planning.plan import make_plan
 from rlhub.planning.view import format_plan
@@ -35,6 +35,7 @@ from rlhub.records.trackers import Trackers
 from rlhub.reports.page import write_report
 from rlhub.tasks import Task, load_task, task_tokenizer
 from rlhub.training import controller
+from rlhub.training.grade_checks import try_grader
 from rlhub.training.held_out import shared_prompts
 from rlhub.training.pairs import PairData, load_pairs, report_bad
 from rlhub.training.session import Session, StopRequest, last_position
@@ -78,8 +79,7 @@ def _train(recipe: Recipe, console: Console | None) -> Path:
         return folder
 
     started = time.time()
-    train_task = load_task(recipe.task.name, recipe.task.train, "train", recipe.run.seed)
-    eval_task = evaluation_task(recipe)
+    train_task, eval_task = _tasks(recipe)
     model_path = _first_model(recipe, folder)
     tokenizer = load_tokenizer(str(model_path))
     context = _context(model_path, tokenizer)
@@ -115,12 +115,22 @@ def _train(recipe: Recipe, console: Console | None) -> Path:
                 pairs=pairs,
             )
             session.started = started
+            if crew.graders.handles:
+                try_grader(crew, recipe, train_task)
             for phase in phases[phases.index(position[0]) if position else 0 :]:
                 LOOPS[phase](session)
     finally:
         crew.close()
     _finish(folder, console)
     return folder
+
+
+def _tasks(recipe: Recipe) -> tuple[Task, Task]:
+    """Both splits of a recipe's task, with the columns that its reward needs."""
+    train_task, eval_task = load_task(recipe.task.name, recipe.task.train, "train", recipe.run.seed), evaluation_task(recipe)
+    for task in (train_task, eval_task):
+        check_reward_columns(recipe, task)
+    return train_task, eval_task
 
 
 def _say_where(folder: Path, console: Console) -> None:
@@ -166,18 +176,33 @@ def _open_folder(recipe: Recipe, folder: Path) -> bool:
                     f"{folder} holds a run with {key}={before.get(key)!r}, the recipe says {now.get(key)!r}; "
                     "choose another run.name, nothing was overwritten"
                 )
+        _check_own_parts(recipe, folder)
         return True
     if folder.exists() and not saved.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
         raise RecipeError(f"{folder} is not empty and holds no run; choose another run.name, nothing was overwritten")
     plan = make_plan(recipe)
     # The recipe comes first: a start that is killed from here on leaves a folder that the next one recognises.
     replace_file(saved, dump_recipe(recipe))
+    replace_file(folder / "parts.json", json.dumps(own_part_hashes(_flat(recipe)), indent=2) + "\n")
     (folder / "logs").mkdir(exist_ok=True)
     replace_file(folder / "plan.txt", format_plan(plan) + "\n")
     replace_file(folder / "plan.json", json.dumps(plan.to_dict(), indent=2) + "\n")
     for name in ("first_model", "first_adapter"):
         shutil.rmtree(folder / name, ignore_errors=True)
     return False
+
+
+def _check_own_parts(recipe: Recipe, folder: Path) -> None:
+    """Refuse to go on with parts of the user's own that are not those that the run began with."""
+    kept = folder / "parts.json"
+    before = json.loads(kept.read_text()) if kept.exists() else {}
+    now = own_part_hashes(_flat(recipe))
+    for file, digest in before.items():
+        if now.get(file) != digest:
+            raise RecipeError(
+                f"{file} {'is not what it was' if file in now else 'is gone'} since this run began, so its numbers would not be one run's; "
+                "bring it back or choose another run.name, nothing was overwritten"
+            )
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from rlhub.records.step_record import Metric, Metrics, StepRecord
 from rlhub.records.trackers import Trackers
 from rlhub.tasks import Task
 from rlhub.training.documents import evaluate_documents
+from rlhub.training.grade_checks import GradeWatch
 from rlhub.training.held_out import evaluate
 from rlhub.training.pairs import PairData, evaluate_pairs
 from rlhub.training.rollouts import Issued
@@ -92,10 +93,12 @@ class Session:
     algorithm: Algorithm = field(init=False)
     num_steps: int = field(default=0, init=False)
     eval_every: int = field(default=1, init=False)
+    grades: GradeWatch = field(init=False)
     reference_path: Path | None = None  # model folder of the scorers as the phase, or its resumed part, began
 
     def __post_init__(self) -> None:
         self.noise = Noise(self.recipe.run.seed)
+        self.grades = GradeWatch(self.recipe.reward_pool.failed_steps)
         self.started = self.clock.start
 
     @property
@@ -191,6 +194,12 @@ class Session:
         if self.recipe.model.dtype == "float32" and not metrics["replay/max_gap"] <= TOLERANCE:
             self.progress.message(gap_warning(step, metrics["replay/max_gap"]))
         return metrics
+
+    def tell_silence(self, metrics: Metrics) -> None:
+        """Say once, in the terminal, that steps teach nothing."""
+        message = self.grades.silence(metrics)
+        if message is not None:
+            self.progress.message(message)
 
     def keep_rollouts(self, step: int, issued: Issued, rollouts: list[Rollout], texts: list[str]) -> None:
         """Dump a sample of what was generated, at the recipe's pace and at the first and the last step."""

@@ -304,3 +304,16 @@ def test_accuracy_plot_is_saved_and_a_run_without_evaluation_is_refused(tmp_path
     for step in (0, 10):
         log.write({"phase": "online", "step": step, "eval/accuracy": step / 20, "eval/num_problems": 512})
     assert save_accuracy_plot([run], tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_failed_grades_and_steps_without_signal_stand_in_red(tmp_path: Path) -> None:
+    rows = [
+        {"phase": "online", "step": 1, "wall_s": 1.0, "reward/invalid_share": 0.25, "reward/first_failure": "crashed, KeyError: 'gold'"},
+        {"phase": "online", "step": 2, "wall_s": 2.0, "reward/invalid_share": 0.0, "group/no_signal_share": 1.0},
+        {"phase": "online", "step": 3, "wall_s": 3.0, "reward/invalid_share": 0.0, "group/no_signal_share": 0.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report([tmp_path]).read_text()
+    assert page.count('<p class="alarm"') == 2
+    assert "1 steps have completions that could not be graded (25% of theirs), first of step 1: crashed, KeyError" in page
+    assert "1 of 3 steps taught nothing" in page
