@@ -36,11 +36,16 @@ def without_lonely(rewards: np.ndarray) -> np.ndarray:
 
 
 def masked_mean(rewards: np.ndarray) -> np.ndarray:
-    """float64 [P, 1] or [P, 1, S], mean over the valid members of each group; NaN where there are none."""
+    """float64 [P, 1] or [P, 1, S], mean over the valid members of each group; NaN where there are none.
+
+    Of equal members it is their value to the bit, which their sum over their number need not be: three times 0.1 is not 0.3.
+    """
     valid = ~np.isnan(rewards)
     count = valid.sum(1, keepdims=True)
     total = np.where(valid, rewards, 0.0).sum(1, keepdims=True)
-    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+    mean = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+    lowest, highest = np.where(valid, rewards, np.inf).min(1, keepdims=True), np.where(valid, rewards, -np.inf).max(1, keepdims=True)
+    return np.where(lowest == highest, highest, mean)
 
 
 def standardised(rewards: np.ndarray, epsilon: float) -> np.ndarray:
@@ -48,4 +53,5 @@ def standardised(rewards: np.ndarray, epsilon: float) -> np.ndarray:
     centred = rewards - masked_mean(rewards)
     count = (~np.isnan(rewards)).sum(1, keepdims=True)
     variance = np.nansum(centred**2, axis=1, keepdims=True) / np.maximum(count - 1, 1)
-    return centred / (np.sqrt(variance) + epsilon)
+    spread = np.sqrt(variance) + epsilon
+    return np.divide(centred, spread, out=np.where(np.isnan(centred), np.nan, 0.0), where=spread > 0)

@@ -23,6 +23,7 @@ from rlhub.engines.forward import Forward, Slots
 from rlhub.engines.row_stats import Law, TokenNoise, streamed_stats
 from rlhub.errors import DataError
 from rlhub.networks.decoder import Decoder
+from rlhub.networks.finite import check_finite
 from rlhub.noise import Noise, Stream
 from rlhub.parts import load_part, part_config
 from rlhub.samplers import CanvasState, Commit, RowStats
@@ -58,6 +59,7 @@ class Engine:
 
         Raises:
             DataError: a prompt with its canvas exceeds the model's context.
+            CheckpointError: a log-prob is not a number.
             ValueError: the settings do not fit together.
         """
         check_context(requests, settings, self.model.max_length)
@@ -65,9 +67,11 @@ class Engine:
             return []
         self.running = RunningRows(self, requests, settings, noise, version)
         try:
-            return self.running.run(on_step)
+            rollouts = self.running.run(on_step)
         finally:
             self.running = None
+        check_rollouts(rollouts, self.model)
+        return rollouts
 
     def weights_changed(self, version: int) -> None:
         """The model has other weights now, which are `version`; called while no step is at work.
@@ -87,6 +91,12 @@ def check_context(requests: Sequence[Request], settings: SamplerConfig, max_leng
                 f"prompt of {len(request.prompt_ids)} tokens plus a canvas of {settings.length} exceeds the model's context of "
                 f"{max_length}; shorten the prompt or sampler.length"
             )
+
+
+def check_rollouts(rollouts: Sequence[Rollout], model: Decoder) -> None:
+    """Raises CheckpointError where the model's log-prob of a committed token is not a number; the message names a damaged tensor."""
+    numbers = all(not np.isnan(rollout.logp_model[rollout.unmask_step != NEVER]).any() for rollout in rollouts)
+    check_finite(numbers, model, "log-probs")
 
 
 class RunningRows:

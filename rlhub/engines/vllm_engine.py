@@ -26,7 +26,7 @@ from torch import Tensor
 from rlhub.config.checks import check_settings
 from rlhub.config.schema import SamplerConfig
 from rlhub.engines.forward import Slots
-from rlhub.engines.torch_engine import RunningRows, check_context
+from rlhub.engines.torch_engine import RunningRows, check_context, check_rollouts
 from rlhub.engines.vllm_plugin import check_model, register
 from rlhub.errors import UserError
 from rlhub.noise import Noise
@@ -135,6 +135,7 @@ class Engine:
 
         Raises:
             DataError: a prompt with its canvas exceeds the model's context.
+            CheckpointError: a log-prob is not a number.
             ValueError: the settings do not fit together, or this engine does not serve them.
         """
         check_context(requests, settings, self.model.max_length)
@@ -145,9 +146,11 @@ class Engine:
             return []
         self.running = Run(self, requests, settings, noise, version)
         try:
-            return self.running.run(on_step)
+            rollouts = self.running.run(on_step)
         finally:
             self.running = None
+        check_rollouts(rollouts, self.model)
+        return rollouts
 
     def weights_changed(self, version: int) -> None:
         """See `torch_engine.Engine.weights_changed`.

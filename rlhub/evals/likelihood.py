@@ -32,6 +32,7 @@ from rlhub.algorithm.scoring import token_log_probs
 from rlhub.checkpoints.tokenizers import encode_prompts
 from rlhub.errors import DataError, UserError
 from rlhub.likelihoods import sequence_draws
+from rlhub.networks.finite import check_finite
 from rlhub.networks.profile import Profile
 from rlhub.noise import Noise, sample_uid
 from rlhub.parts import load_part
@@ -207,6 +208,7 @@ def score_items(network: torch.nn.Module, items: Sequence[Item], config: Config,
         credit = Credit(torch.zeros(len(samples), dtype=torch.float64), torch.ones(len(samples), dtype=torch.bool))
         views = part.make(chosen, credit, part.Config(**options), Noise(config.seed).stream("likelihood"), 0, network.profile)
         log_prob = token_log_probs(network, views, config.max_tokens, device, config.guidance)
+        check_finite(bool(torch.isfinite(log_prob).all()), network, "log-probs")
         draws = sequence_draws(log_prob.double(), views)
         forwards = torch.bincount(views.sample, minlength=len(samples)) * (2 if config.guidance else 1)
         errors = draws.std(1) / draws.shape[1] ** 0.5 if draws.shape[1] > 1 else torch.zeros(len(samples))

@@ -115,8 +115,7 @@ def _train(recipe: Recipe, console: Console | None) -> Path:
                 pairs=pairs,
             )
             session.started = started
-            if crew.graders.handles:
-                try_grader(crew, recipe, train_task)
+            try_grader(crew, recipe, train_task)
             for phase in phases[phases.index(position[0]) if position else 0 :]:
                 LOOPS[phase](session)
     finally:

@@ -18,7 +18,7 @@ from rlhub.advantages import standardised
 from rlhub.algorithm.batching import make_batch, sequence_batch, shard_rows
 from rlhub.algorithm.compose import Algorithm
 from rlhub.algorithm.pairs import Pairs, encode
-from rlhub.algorithm.routing import LEVELS, once, router_metrics
+from rlhub.algorithm.routing import LEVELS, once, router_metrics, router_sums
 from rlhub.checkpoints.weights import save_network
 from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import AlgorithmConfig, LearnerConfig, OptimizerConfig, RouterConfig
@@ -33,7 +33,7 @@ from rlhub.objectives import token_mean
 from rlhub.parts import load_part, part_names
 from rlhub.tasks.preferences import Preference
 from rlhub.types import Batch, Credit, LogLikelihood, RewardResult, Rollout, Scores, Views
-from rlhub.views import adaptive, all_masks, count_of, coupled, mask_level, mask_ratio
+from rlhub.views import adaptive, all_masks, count_of, coupled, mask_level, mask_ratio, supervised
 from rlhub.views._rows import NoisyRow, build_views
 from workers.learner import Learner
 from workers.sync import SyncError, load_buckets
@@ -113,16 +113,24 @@ def test_masks_along_a_curve_have_the_levels_that_were_asked_for() -> None:
         mask_ratio.Config(weight="other")
 
 
+@pytest.mark.parametrize("options", [{"epsilon": 0.0}, {"epsilon": -0.5}, {"epsilon": 1.0}, {"geometric": 1.0}])
+def test_supervised_masks_have_a_chance_between_0_and_1(options: dict) -> None:
+    with pytest.raises(ValueError, match="must lie between 0 and 1"):
+        supervised.Config(**options)
+
+
 def test_each_draw_has_a_level_in_its_cell() -> None:
     views = views_of(adaptive, {"draws": 2, "edges": [0.0, 0.75, 1.0]}, count=40, length=8)
     counts = torch.zeros(40, 2).index_put_((views.sample[views.score_row], views.draw[views.score_row]), torch.tensor(1.0), accumulate=True)
     assert counts[:, 0].max() == 6 and counts[:, 0].min() == 1 and set(counts[:, 1].tolist()) == {7.0, 8.0}
-    with pytest.raises(ValueError, match="ascend from 0 to 1"):
-        adaptive.Config(draws=1, edges=[0.1, 1.0])
+    for edges in ([0.1, 1.0], [-0.1, 1.0], [0.0, 0.9], [0.0, 1.1]):
+        with pytest.raises(ValueError, match="ascend from 0 to 1"):
+            adaptive.Config(draws=1, edges=edges)
 
 
-def test_views_of_a_block_causal_model_see_clean_blocks_before() -> None:
-    views = views_of(coupled, {"draws": 1}, BLOCKS)
+@pytest.mark.parametrize("module", [coupled, supervised])
+def test_views_of_a_block_causal_model_see_clean_blocks_before(module: Any) -> None:
+    views = views_of(module, {"draws": 1}, BLOCKS)
     assert views.layout.attention == "block_diffusion"
     assert views.layout.block_ids.dtype == torch.int32
     assert views.layout.block_ids.tolist() == (views.layout.position_ids // 2).tolist() and int(views.layout.block_ids.max()) == 2
@@ -205,6 +213,12 @@ def test_a_token_that_is_computed_alone_counts_once() -> None:
     routing = Routing(torch.zeros(2, 4), torch.zeros(2, 1, dtype=torch.int64), RULE)
     assert [len(one.logits) for one in once([routing, routing], 1, 1)] == [1, 1]
     assert [len(one.experts) for one in once([routing, routing], 2, 2)] == [2, 2]
+
+
+def test_tokens_of_fully_masked_rows_are_in_the_last_quarter() -> None:
+    routing = Routing(torch.zeros(4, 4), torch.arange(4)[:, None], RULE)
+    (sums,) = router_sums([routing], torch.tensor([0.0, 0.25, 0.74, 1.0]), torch.arange(4))
+    assert sums[: LEVELS * 4].view(LEVELS, 4).nonzero().tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]
 
 
 def test_statistics_of_routers_name_every_quarter_that_has_tokens() -> None:
@@ -347,3 +361,13 @@ def test_two_learners_of_a_mixture_of_experts_do_the_step_of_one(experts: str) -
 def test_every_advantage_is_tried_here_or_needs_grades_of_states() -> None:
     grouped = {name for name in part_names("advantages") if getattr(load_part("advantages", name), "GROUP", False)}
     assert grouped == {"best_worst", "group_mean", "leave_one_out", "softmax", "z_score", "step_difference"}
+
+
+@pytest.mark.parametrize("name", ["group_mean", "leave_one_out", "softmax", "z_score", "best_worst"])
+@pytest.mark.parametrize("size", [2, 3, 6, 7, 12])
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e-12, 7.7])
+def test_equal_rewards_have_no_signal(name: str, size: int, reward: float) -> None:
+    batch = sequence_batch([np.array([2])] * size, [np.array([3])] * size, range(size), rewards=np.full((1, size), reward))
+    options = {"epsilon": 0.0} if name == "z_score" else {}
+    module = load_part("advantages", name)
+    assert not module.assign(batch.rewards, batch, module.Config(**options)).advantages.any()

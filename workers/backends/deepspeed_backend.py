@@ -28,7 +28,7 @@ class Backend:
         deepspeed = import_deepspeed()
         self.stage = learner.zero_stage
         parameter = next(network.parameters())
-        optimizer, scheduler = adamw(network, config, total_steps)
+        optimizer, scheduler = adamw([one for one in network.parameters() if one.requires_grad], config, total_steps)
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
