@@ -20,6 +20,7 @@ from rlhub.algorithm import batching
 from rlhub.algorithm.batching import micro_batches
 from rlhub.algorithm.compose import Algorithm, LogProbs
 from rlhub.algorithm.scoring import micro_batch_log_probs
+from rlhub.checkpoints.tokenizers import answer_end
 from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import AlgorithmConfig, KLConfig
 from rlhub.errors import RecipeError, UserError
@@ -136,7 +137,8 @@ def demonstrations(model: Model, prompts: Sequence[Prompt], completions: Sequenc
         raise UserError(f"{len(prompts)} prompts and {len(completions)} completions; give one completion to each prompt")
     made = []
     for row, (prompt, completion) in enumerate(zip(prompt_token_ids(model, prompts), completions, strict=True)):
-        ids = np.append(completion_token_ids(model, completion), model.eos_id).astype(np.int32)
+        end = answer_end(model.tokenizer, prompts[row]) if isinstance(completion, str) else [model.eos_id]
+        ids = np.append(completion_token_ids(model, completion), end).astype(np.int32)
         nothing = np.full(len(ids), np.nan, dtype=np.float32)
         step, version = np.zeros(len(ids), dtype=np.int16), np.zeros(len(ids), dtype=np.int32)
         made.append(Rollout(row, row, prompt, ids, len(ids), step, nothing, nothing, version, num_forwards=0))

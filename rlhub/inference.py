@@ -80,8 +80,8 @@ class Model:
             return self.network.head(hidden, torch.arange(rows * length, device=self.device)).view(rows, length, -1)
 
     def decode(self, rollout: Rollout) -> str:
-        """The text of a completion, through its first EOS."""
-        return decode(self.tokenizer, rollout.completion_ids)
+        """The text of a completion, through its first EOS or end of turn."""
+        return decode(self.tokenizer, rollout.completion_ids[: rollout.length])
 
     def save(self, folder: str | Path) -> Path:
         """Write weights and tokenizer in the Hugging Face layout of the family, as `load_model` reads them; returns the folder."""

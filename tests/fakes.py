@@ -182,4 +182,6 @@ def session_of(recipe: Recipe, folder: Path, crew: Crew, trackers: Trackers, **f
         "position": None,
         "stop": StopRequest(progress),
     }
-    return Session(**(defaults | fields))
+    session = Session(**(defaults | fields))
+    session.stop_ids = (session.tokenizer.eos_token_id,)  # of a model that is not there
+    return session

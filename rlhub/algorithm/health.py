@@ -97,8 +97,8 @@ def staleness_metrics(rollouts: list[Rollout], version: int) -> dict[str, float]
     }
 
 
-def rollout_metrics(rollouts: list[Rollout], eos_id: int) -> dict[str, float]:
-    """Grades and lengths of a batch of rollouts.
+def rollout_metrics(rollouts: list[Rollout], stop_ids: int | Sequence[int]) -> dict[str, float]:
+    """Grades and lengths of a batch of rollouts, which end at the first of `stop_ids`, EOS or an end of turn.
 
     Keys: `reward/mean`, `reward/std`, `reward/invalid_share`, `reward/part/<label>`, `reward/cache_hits`, `step_reward/mean` and
     `step_reward/invalid_share` (of the grades of all denoising steps), `length/mean` (tokens through the first EOS),
@@ -109,7 +109,7 @@ def rollout_metrics(rollouts: list[Rollout], eos_id: int) -> dict[str, float]:
     values = np.array([reward.value if reward.valid else np.nan for reward in rewards])
     canvas = np.array([len(rollout.completion_ids) for rollout in rollouts])
     length = np.array([rollout.length for rollout in rollouts])
-    ended = np.array([bool((rollout.completion_ids == eos_id).any()) for rollout in rollouts])
+    ended = np.array([bool(np.isin(rollout.completion_ids, stop_ids).any()) for rollout in rollouts])
     metrics = {
         "reward/mean": float(np.nanmean(values)) if not np.isnan(values).all() else float("nan"),
         "reward/std": float(np.nanstd(values)) if not np.isnan(values).all() else float("nan"),

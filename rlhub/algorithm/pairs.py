@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlhub.algorithm.batching import sequence_batch
-from rlhub.checkpoints.tokenizers import encode_prompts
+from rlhub.checkpoints.tokenizers import answer_end, encode_prompts
 from rlhub.config.schema import Recipe
 from rlhub.errors import DataError
 from rlhub.noise import Noise, sample_uid
@@ -179,10 +179,11 @@ def encode(
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else iter(())
     kept: list[tuple[Preference, np.ndarray, tuple[np.ndarray, ...]]] = []
     for preference, prompt in zip(preferences, prompts, strict=True):
-        responses = tuple(_ended(next(encoded), tokenizer.eos_token_id, full) for _ in preference.responses)
+        end = answer_end(tokenizer, preference.prompt)
+        responses = tuple(_ended(next(encoded), end, full) for _ in preference.responses)
         if prompt is None:
             continue
-        reason = _unusable(prompt, responses, tokenizer, max_tokens, canvas)
+        reason = _unusable(prompt, responses, end, tokenizer, max_tokens, canvas)
         if reason:
             bad.append(BadRow(preference.number, reason))
         else:
@@ -216,18 +217,22 @@ def _encoded_prompts(preferences: Sequence[Preference], tokenizer: Any) -> tuple
         return prompts, bad
 
 
-def _ended(tokens: list[int], eos_id: int, full: int) -> np.ndarray:
-    return np.array(tokens if full and len(tokens) == full else [*tokens, eos_id], dtype=np.int32)
+def _ended(tokens: list[int], end: list[int], full: int) -> np.ndarray:
+    """int32 [L], a response with what follows an answer, as far as a sampler's canvas of `full` tokens goes."""
+    ended = [*tokens, *end]
+    return np.array(ended[:full] if full and len(tokens) <= full else ended, dtype=np.int32)
 
 
-def _unusable(prompt: np.ndarray, responses: tuple[np.ndarray, ...], tokenizer: Any, max_tokens: int, canvas: int) -> str | None:
-    """Why a row cannot be trained on, in words; None when it can."""
+def _unusable(
+    prompt: np.ndarray, responses: tuple[np.ndarray, ...], end: list[int], tokenizer: Any, max_tokens: int, canvas: int
+) -> str | None:
+    """Why a row cannot be trained on, in words; None when it can. `end` follows each response."""
     longest = len(prompt) + max(canvas, *map(len, responses))
     if longest > max_tokens:
         return f"{longest} tokens with the end of the response, the limit is {max_tokens}"
     if len(responses) == 2 and np.array_equal(*responses):
         return "chosen and rejected have the same tokens"
-    if any(response[0] == tokenizer.eos_token_id for response in responses):
+    if any(response[0] in end for response in responses):
         return "a response has no tokens"
     if canvas and max(map(len, responses)) > canvas:
         return f"a response has {max(map(len, responses))} tokens with its end, the canvas has {canvas} (sampler.length)"

@@ -6,6 +6,7 @@ import importlib
 import json
 import pkgutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,3 +162,33 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
             f"{path / ADAPTER_CONFIG} has bias={config['bias']!r}, which is not supported; merge it into the base with peft"
         )
     return config
+
+
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|role_end|>", "<end_of_turn>", "<|end|>")  # as the published chat templates write them
+
+
+def turn_end_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """Ids of the tokens that end a turn of the chat, from the tokenizer files of a model folder; those of this vocabulary."""
+    found: dict[str, int] = {}
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        file = folder / name
+        settings = read_json(file, "restore it from the download") if file.exists() else {}
+        decoder, added = settings.get("added_tokens_decoder") or {}, settings.get("added_tokens") or []
+        found |= {token["content"]: int(number) for number, token in decoder.items() if isinstance(token, dict)}
+        found |= {token["content"]: int(token["id"]) for token in added if isinstance(token, dict)}
+        if set(TURN_ENDS) & found.keys():
+            break
+    return tuple(found[name] for name in TURN_ENDS if 0 <= found.get(name, -1) < vocab_size)
+
+
+def with_turn_ends(network: Decoder, folder: Path) -> Decoder:
+    """The network, whose answers also end at the ends of turns that the folder's tokenizer has: config.json seldom names them."""
+    known = network.profile.stop_ids
+    network.profile = replace(network.profile, stop_ids=tuple(dict.fromkeys([*known, *turn_end_ids(folder, network.shape.vocab_size)])))
+    return network
+
+
+def stop_ids_of(path: Path) -> tuple[int, ...]:
+    """Tokens that end an answer of a model folder or an adapter on one: EOS and ends of turns."""
+    folder = base_folder(path) if is_adapter_folder(path) else path
+    return with_turn_ends(empty_network(published_config(folder)), folder).profile.stop_ids

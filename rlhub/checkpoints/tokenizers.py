@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,25 @@ def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]
         if tokenizer.unk_token == SPECIAL_TOKENS["unk_token"] and tokenizer.unk_token_id in encoded:
             raise DataError(f"the prompt {prompt!r} has a word outside the tokenizer's vocabulary of {len(tokenizer)}")
     return [np.asarray(encoded, dtype=np.int32) for encoded in ids]
+
+
+def answer_end(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
+    """The tokens that follow an answer: EOS, and in a chat before it the end of the assistant's turn, as the chat template writes it."""
+    turn = None if isinstance(prompt, str) else turn_end(tokenizer)
+    return [tokenizer.eos_token_id] if turn in (None, tokenizer.eos_token_id) else [turn, tokenizer.eos_token_id]
+
+
+@lru_cache(maxsize=8)
+def turn_end(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The special token that a chat template writes behind an assistant's words; None without a template, or where it writes none."""
+    if not tokenizer.chat_template:
+        return None
+    words = "zq"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}]
+    rest = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False).rpartition(words)[2]
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if rest else []
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return ids[0] if ids and ids[0] in special else None
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray | Sequence[int]) -> str:

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhub.checkpoints.folders import CONFIG, empty_network, family_of, is_adapter_folder, published_config, published_form
+from rlhub.checkpoints.folders import CONFIG, empty_network, family_of, is_adapter_folder, published_config, published_form, with_turn_ends
 from rlhub.checkpoints.tensors import FLOATS, INDEX, WEIGHTS, WHOLE, StoredTensor, stored_tensors
 from rlhub.errors import CheckpointError
 from rlhub.networks.decoder import Decoder
@@ -80,7 +80,7 @@ def load_network(
     with _bar(sum(stored[name].num_bytes for name in places), progress) as advance, ThreadPoolExecutor(READERS) as pool:
         list(pool.map(lambda file: _read_into(file, sources[file], stored, advance), sorted(sources)))
     _check_tied(network, stored, path)
-    return network.eval()
+    return with_turn_ends(network, path).eval()
 
 
 def published_places(network: nn.Module) -> dict[str, Place]:

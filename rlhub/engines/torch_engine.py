@@ -132,8 +132,9 @@ class RunningRows:
             settings.temperature,
             settings.top_k,
             settings.top_p,
-            banned=(self.model.mask_id, *([self.model.eos_id] if settings.eos == "never" else [])),
+            banned=(self.model.mask_id, *(self.model.profile.stop_ids if settings.eos == "never" else [])),
         )
+        self.stops = torch.tensor(self.model.profile.stop_ids, device=self.device)
         self.streams: dict[str, Stream] = {}
         count, length = min(len(requests), num_slots or engine.max_rows), settings.length
 
@@ -319,7 +320,7 @@ class RunningRows:
         slots.first[rows] = view.state.first + block_length * done
         finished = slots.first[rows] >= self.settings.length
         if self.settings.early_stop == "fill_eos":
-            finished |= done & (self.canvas(rows) == self.model.eos_id).any(1)
+            finished |= done & torch.isin(self.canvas(rows), self.stops).any(1)
         return rows[finished].tolist()
 
     def rollout(self, slot: int) -> Rollout:
@@ -327,7 +328,7 @@ class RunningRows:
         request, settings, eos_id = self.requests[self.occupant[slot]], self.settings, self.model.eos_id
         start = len(request.prompt_ids)
         canvas = self.slots.tokens[slot, start : start + settings.length].cpu().numpy()
-        ends = np.flatnonzero(canvas == eos_id)
+        ends = np.flatnonzero(np.isin(canvas, self.model.profile.stop_ids))
         if settings.early_stop == "fill_eos" and len(ends):
             canvas = np.where(canvas == self.model.mask_id, eos_id, canvas)
         trace = {name: values[slot].cpu().numpy().copy() for name, values in self.trace.items()}
@@ -387,5 +388,5 @@ class ActiveBlocks:
         for name, value in values.items():
             fields[name] = torch.zeros(self.columns.shape, dtype=value.dtype, device=value.device)
             fields[name][row[within], cell[within]] = value[within]
-        deferred = (fields["token"] == self.rollouts.model.eos_id) & (self.rollouts.settings.eos == "last")
+        deferred = torch.isin(fields["token"], self.rollouts.stops) & (self.rollouts.settings.eos == "last")
         return RowStats(deferred=deferred, **fields)

@@ -41,7 +41,7 @@ def generate(
     rule, options = rule_of(settings.name), settings.options
     margins = [] if margins is None else margins
     prompt = [int(token) for token in request.prompt_ids]
-    length, width, mask, eos = settings.length, settings.block_length, network.mask_id, network.eos_id
+    length, width, mask, stops = settings.length, settings.block_length, network.mask_id, network.profile.stop_ids
     shift = len(prompt) % width if block_causal_length(network) else 0  # blocks of a block-causal model begin with the prompt
     steps = steps_of_block(settings)
     canvas, states = [mask] * length, {}
@@ -66,8 +66,8 @@ def generate(
             idle += not state.masked
             if write.done if write.done is not None else all(canvas[position] != mask for position in positions):
                 break
-        if settings.early_stop == "fill_eos" and eos in canvas:
-            canvas = [eos if token == mask else token for token in canvas]
+        if settings.early_stop == "fill_eos" and any(token in stops for token in canvas):
+            canvas = [network.eos_id if token == mask else token for token in canvas]
             break
 
     rollout = Rollout(
@@ -75,7 +75,7 @@ def generate(
         group_uid=request.group_uid,
         prompt_ids=request.prompt_ids,
         completion_ids=np.array(canvas, dtype=np.int32),
-        length=canvas.index(eos) + 1 if eos in canvas else length,
+        length=next((place + 1 for place, token in enumerate(canvas) if token in stops), length),
         unmask_step=np.array(unmask_step, dtype=np.int16),
         policy_version=np.zeros(length, dtype=np.int32),
         num_forwards=forwards,

@@ -80,7 +80,7 @@ class State:
         logits = self.model_logits.copy()
         logits[:, self.network.mask_id] = -math.inf
         if self.settings.eos == "never":
-            logits[:, self.network.eos_id] = -math.inf
+            logits[:, list(self.network.profile.stop_ids)] = -math.inf
         return logits
 
     def uniform(self, position: int) -> float:
@@ -138,7 +138,7 @@ class State:
 
     def deferred(self, position: int) -> bool:
         """May this position's token only be written when nothing else is left?"""
-        return self.settings.eos == "last" and self.draw(position) == self.network.eos_id
+        return self.settings.eos == "last" and self.draw(position) in self.network.profile.stop_ids
 
     def decide(self, margin: float) -> None:
         if math.isfinite(margin):  # else there was nothing to choose

@@ -65,7 +65,7 @@ def inspect_model(path: Path, learners: int = 8, rank: int = 0) -> ModelReport:
         >>> inspect_model(Path("GSAI-ML/LLaDA-8B-Instruct")).parameters          # doctest: +SKIP
         8015581184
     """
-    from rlhub.checkpoints.folders import base_folder, empty_network, family_of, published_config
+    from rlhub.checkpoints.folders import base_folder, empty_network, family_of, published_config, with_turn_ends
     from rlhub.checkpoints.sealed import resolve_model_path
 
     folder = resolve_model_path(Path(path))
@@ -73,7 +73,7 @@ def inspect_model(path: Path, learners: int = 8, rank: int = 0) -> ModelReport:
     if is_adapter_folder(folder):
         rank, base = int(read_adapter_config(folder)["r"]), base_folder(folder)
     config = published_config(base)
-    network = empty_network(config, str(base / "config.json"))
+    network = with_turn_ends(empty_network(config, str(base / "config.json")), base)
     weights, shards, dtype, problems = _weights(network, base)
     dtype = dtype or config.get("torch_dtype") or config.get("dtype") or "float32"
     adapter = adapter_size(network, rank) if rank else 0

@@ -156,7 +156,7 @@ def run_online(session: Session) -> None:
             record.add(session.publish(step))
             if session.renews_reference(step):
                 crew.copy_reference()
-        record.add({**metrics, **replayed, **rollout_metrics(rollouts, tokenizer.eos_token_id)})
+        record.add({**metrics, **replayed, **rollout_metrics(rollouts, session.stop_ids)})
         record.add(session.costs(len(rollouts)))
         session.keep_rollouts(step, issued, rollouts, texts)
         if session.evaluates(step):

@@ -26,7 +26,7 @@ def grade(
     crew: Crew, issued: Issued, rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerFast, batch_size: int
 ) -> tuple[list[Rollout], list[str]]:
     """The rollouts with their grades, and their texts. Graders get prompts as the task has them, text or chat messages."""
-    texts = [decode(tokenizer, rollout.completion_ids) for rollout in rollouts]
+    texts = [decode(tokenizer, rollout.completion_ids[: rollout.length]) for rollout in rollouts]
     items = [
         (example.prompt, text, example.columns | {"rollout": rollout_facts(rollout)})
         for example, text, rollout in zip(issued.examples, texts, rollouts, strict=True)

@@ -9,6 +9,7 @@ import signal
 import threading
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from rewards.answers.text import plain
 from rlhub.algorithm.compose import Algorithm
 from rlhub.algorithm.health import staleness
 from rlhub.algorithm.replay import TOLERANCE, choose_rollouts, gap_warning
+from rlhub.checkpoints.folders import stop_ids_of
 from rlhub.checkpoints.sealed import checkpoint_folder, read_manifest, remove_old_checkpoints, sealed_checkpoints, write_manifest
 from rlhub.config.schema import AlgorithmConfig, OptimizerConfig, Recipe
 from rlhub.config.tasks import task_kind
@@ -105,6 +107,11 @@ class Session:
     def needs_reference(self) -> bool:
         """Whether the phase compares with a reference that scorers hold."""
         return self.algorithm.needs_scorers
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer of the run's model."""
+        return stop_ids_of(self.model_path)
 
     @property
     def preferences(self) -> PairData:

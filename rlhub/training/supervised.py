@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhub.algorithm.batching import sequence_batch
-from rlhub.checkpoints.tokenizers import encode_prompts
+from rlhub.checkpoints.tokenizers import answer_end, encode_prompts
 from rlhub.config.schema import AlgorithmConfig, ModelConfig, Recipe, SFTConfig
 from rlhub.errors import DataError
 from rlhub.noise import Noise, sample_uid
@@ -113,7 +113,7 @@ def cut_at_random(batch: Batch, share: float, noise: Noise, step: int) -> Batch:
 
 
 def demonstration_batch(task: Task, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int) -> Batch:
-    """The supervised batch of one step (1-based): demonstrations followed by EOS up to the canvas length.
+    """The supervised batch of one step (1-based): demonstrations, in a chat the end of the turn, and EOS up to the canvas length.
 
     Raises:
         DataError: a demonstration is missing or longer than the canvas.
@@ -126,12 +126,14 @@ def demonstration_batch(task: Task, tokenizer: PreTrainedTokenizerFast, recipe: 
         raise DataError(f"task {task.name} has no demonstration for row {missing[0]}; supervised training needs one for each")
     prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
     answers = tokenizer([example.demonstration for example in examples], add_special_tokens=False)["input_ids"]
-    completions = []
+    completions, lengths = [], []
     for example, answer in zip(examples, answers, strict=True):
         if len(answer) > canvas:
             raise DataError(f"demonstration of row {example.row} has {len(answer)} tokens, sampler.length is {canvas}; raise it")
-        completions.append(np.array(answer + [tokenizer.eos_token_id] * (canvas - len(answer)), dtype=np.int32))
-    length = np.array([min(len(answer) + 1, canvas) for answer in answers])
+        ended = [*answer, *answer_end(tokenizer, example.prompt)]
+        lengths.append(min(len(ended), canvas))
+        completions.append(np.array([*ended, *[tokenizer.eos_token_id] * canvas][:canvas], dtype=np.int32))
+    length = np.array(lengths)
     return sequence_batch(
         prompts,
         completions,

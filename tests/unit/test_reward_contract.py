@@ -417,7 +417,7 @@ def test_graders_see_what_a_rollout_cost_and_the_run_logs_every_part(tmp_path: P
     assert texts == ["aaa", "aa", "aaaaa"] and counts([rollout.reward for rollout in graded], 3) == {"ok": 3}
     costs = [-0.1 * length - 0.01 * 2 * length for length in (3, 2, 5)]
     assert [rollout.reward.value for rollout in graded] == pytest.approx([1.0 + costs[0], costs[1], costs[2]])
-    metrics = rollout_metrics(graded, eos_id=0)
+    metrics = rollout_metrics(graded, stop_ids=0)
     assert metrics["reward/part/answer"] == pytest.approx(1 / 3) and metrics["reward/part/cost"] == pytest.approx(np.mean(costs))
     assert metrics["reward/correct_share"] == pytest.approx(1 / 3) and "reward/cache_hits" not in metrics
     dump_rollouts(tmp_path / "step_00001.jsonl", 1, graded, [("p", text) for text in texts], [["a"] * 6] * 3)
@@ -458,7 +458,7 @@ def test_means_of_parts_leave_failures_out_and_hits_are_counted() -> None:
     failed = RewardResult(math.nan, "timeout", "", {"answer": RewardResult(math.nan, "timeout"), "style": RewardResult(0.5)})
     valid = RewardResult(1.5, "ok", "", {"answer": RewardResult(1.0), "style": RewardResult(0.25)})
     results = [failed, replace(valid, cached=True), replace(valid, cached=True)]
-    metrics = rollout_metrics([rollout.graded(result) for rollout, result in zip(rollouts, results, strict=True)], eos_id=0)
+    metrics = rollout_metrics([rollout.graded(result) for rollout, result in zip(rollouts, results, strict=True)], stop_ids=0)
     assert metrics["reward/part/answer"] == 1.0 and metrics["reward/part/style"] == pytest.approx(1 / 3)
     assert metrics["reward/invalid_share"] == pytest.approx(1 / 3) and metrics["reward/cache_hits"] == 2.0
 

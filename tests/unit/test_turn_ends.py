@@ -1,0 +1,106 @@
+"""An answer ends at EOS or at the end of the assistant's turn: in both the engine and the oracle, in texts, grades and targets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rlhub.algorithm.health import rollout_metrics
+from rlhub.algorithm.pairs import encode
+from rlhub.api import demonstrations, load_model
+from rlhub.checkpoints.folders import stop_ids_of
+from rlhub.checkpoints.tokenizers import answer_end
+from rlhub.checkpoints.weights import load_network, save_network
+from rlhub.config.schema import SamplerConfig
+from rlhub.engines.torch_engine import Engine
+from rlhub.models import dream, illada, llada, llada2, llada_moe, sdar
+from rlhub.noise import Noise
+from rlhub.oracle.generation import generate
+from rlhub.tasks.preferences import Preference
+from rlhub.types import Request, RewardResult
+
+FAMILIES = {"llada": llada, "illada": illada, "llada_moe": llada_moe, "llada2": llada2, "dream": dream, "sdar": sdar}
+WORDS = ["[MASK]", "[EOS]", *"0123456789"]
+TURN, MASK, EOS = 12, 0, 1
+TEMPLATE = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} <|eot_id|> {% endfor %}{% if add_generation_prompt %}a{% endif %}"
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate([*WORDS, "<|eot_id|>", "u", "a"])}, unk_token="0"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, mask_token="[MASK]", eos_token="[EOS]", pad_token="[EOS]")
+    made.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A tiny random model of a family, with a tokenizer whose chats end turns with <|eot_id|>."""
+    family = FAMILIES[request.param]
+    tiny = {**family.TINY, "vocab_size": 16, "mask_token_id": MASK, "eos_token_id": EOS}
+    network = family.build(family.Config.from_published(tiny)).initialize(torch.Generator().manual_seed(1))
+    save_network(network, tmp_path / "model", tokenizer())
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("eos", ["allow", "last", "never"])
+@pytest.mark.parametrize("early_stop", ["fill_eos", "none"])
+def test_engine_and_oracle_end_answers_at_the_end_of_a_turn(folder: Path, eos: str, early_stop: str) -> None:
+    network = load_network(folder)
+    assert set(network.profile.stop_ids) == {EOS, TURN} == set(stop_ids_of(folder))
+    settings = SamplerConfig(length=8, steps=8, block_length=4, temperature=1.0, eos=eos, early_stop=early_stop)
+    requests = [Request(uid, uid, np.array([2, 3, 4], dtype=np.int32)) for uid in range(24)]
+    rollouts = Engine(network).generate(requests, settings, Noise(0))
+    turned = 0
+    for request, rollout in zip(requests, rollouts, strict=True):
+        expected, _ = generate(network, request, settings, Noise(0))
+        assert rollout.completion_ids.tolist() == expected.completion_ids.tolist() and rollout.length == expected.length
+        ends = [place for place, token in enumerate(rollout.completion_ids.tolist()) if token in (EOS, TURN)]
+        assert rollout.length == (ends[0] + 1 if ends else 8)
+        turned += TURN in rollout.completion_ids[: rollout.length]
+        assert eos != "never" or not ends
+    assert eos != "allow" or turned, "some answer must end with its turn for this to compare anything"
+    assert rollout_metrics([one.graded(RewardResult(1.0)) for one in rollouts], (EOS, TURN))["eos/missing_rate"] == pytest.approx(
+        np.mean([not {EOS, TURN} & set(rollout.completion_ids.tolist()) for rollout in rollouts])
+    )
+
+
+def test_what_follows_the_turn_is_no_part_of_the_answer(folder: Path) -> None:
+    model = load_model(str(folder))
+    (rollout,) = demonstrations(model, [[{"role": "user", "content": "2"}]], ["4"])
+    assert rollout.completion_ids.tolist() == [6, TURN, EOS]
+    longer = replace(rollout, completion_ids=np.array([6, TURN, 4, EOS], dtype=np.int32), length=2)
+    assert model.decode(longer) == "4"
+
+
+def test_targets_of_chats_end_with_the_turn_and_those_of_texts_do_not() -> None:
+    made = tokenizer()
+    chat = [{"role": "user", "content": "2"}]
+    assert answer_end(made, chat) == [TURN, EOS] and answer_end(made, "2") == [EOS]
+    pairs, bad = encode([Preference(0, 1, chat, ("3 4", "5"), (1.0, 0.0)), Preference(1, 2, "2", ("3 4", "5"), (1.0, 0.0))], made, 100)
+    assert not bad
+    targets = [[list(map(int, one)) for one in pair] for pair in pairs.responses]
+    assert targets == [[[5, 6, TURN, EOS], [7, TURN, EOS]], [[5, 6, EOS], [7, EOS]]]
+
+
+def test_a_response_that_fills_the_canvas_keeps_as_much_of_its_end_as_fits() -> None:
+    chat = [{"role": "user", "content": "2"}]
+    pairs, _ = encode([Preference(0, 1, chat, ("3 4", "5"), (1.0, 0.0))], tokenizer(), 100, full=3)
+    assert [list(map(int, one)) for one in pairs.responses[0]] == [[5, 6, TURN], [7, TURN, EOS]]
+
+
+def test_ids_of_turns_are_read_from_either_file_and_only_those_of_the_vocabulary(tmp_path: Path) -> None:
+    network = llada.build(llada.Config.from_published({**llada.TINY, "vocab_size": 16, "mask_token_id": MASK, "eos_token_id": EOS}))
+    save_network(network.initialize(torch.Generator().manual_seed(1)), tmp_path)
+    assert stop_ids_of(tmp_path) == (EOS,)
+    tokens = {"99": {"content": "<|im_end|>"}, "13": {"content": "<|role_end|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": tokens}))
+    assert stop_ids_of(tmp_path) == (EOS, 13)
