@@ -1,7 +1,8 @@
 r"""Where the answer of a completion stands: `\boxed{}`, `####`, `<answer>` tags, "the answer is", "A:", or the last number in prose.
 
 The last of the strong marks (boxed, ####, tags) decides; without one the last phrase; without one the prose. A mark that was begun and not
-finished is a truncated completion and has no answer, whatever came before it.
+finished is a truncated completion and has no answer, whatever came before it. Markdown's bold and italics are no part of an answer, and
+"the answer is correct" names none. Chinese phrases are known too.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from rewards.answers.numbers import last_number, parse_number, tidy
+from rewards.answers.numbers import NUMBER_WORD, last_number, parse_number, tidy
 
 MAX_TEXT = 100_000  # characters from the end of a completion that are searched for marks
 MAX_PROSE = 4_000  # and for a number
@@ -19,13 +20,34 @@ _BOXED = re.compile(r"\\f?boxed(?![a-zA-Z])\s*")
 _THOUGHTS = re.compile(r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _PHRASE = re.compile(
     r"(?:\b(?i:answers?|solutions?)\b[*_]*(?:\s+(?:to|of|for)\b[^.\n:=]{0,80}?)?[*_\s]*"
-    r"(?:(?:(?i:is|are|was|would be|will be|should be|equals)\b|[:=])[*_\s]*)+|^[ \t*_]*(?:A|Ans|ANS)[*_]*\s*:[*_\s]*)"
+    r"(?:(?:(?i:is|are|was|would be|will be|should be|must be|equals)\b|[:=])[*_\s]*)+|^[ \t*_]*(?:A|Ans|ANS)[*_]*\s*:[*_\s]*"
+    r"|(?:答案|结果)[^。\n:=是为]{0,10}?(?:应该|应)?(?:[是为]|[:=])[是为:=\s*_]*"
+    r"|(?:^|[。\n])\s*[答解]:|答案(?=\s*[-\d$\\])|故选:?|(?:应该|应|因此|所以)选:?)"
     r"(?i:(?:therefore|thus|simply|equal to|approximately|about|:)\s*)*",
     re.MULTILINE,
 )
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$|\*|<)|\n|</")
-_MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$([^$\n]*\\[a-zA-Z]{2}[^$\n]*)\$", re.DOTALL)
-_LONG_WORD = re.compile(r"(?<![\\a-zA-Z])(?!(?:sin|cos|tan|log|exp|sqrt)(?![a-zA-Z]))[a-zA-Z]{3,}")
+_JUDGEMENT = re.compile(
+    r"(?:(?:indeed|also|thus|therefore|hence|clearly|definitely|certainly|probably|likely|most|quite|very|not|now|both|always|in fact"
+    r"|absolutely|completely|fully|actually|really|never|far from|already|thereby|all|perfectly|well|logically|mathematically)\s+)*"
+    r"(?:in)?(?:correct|right|wrong|consistent|valid|verified|confirmed|reasonable|unreasonable|plausible|sensible|accurate|exact|complete|clear"
+    r"|obvious|unique|final|acceptable|sound|satisfactory|fine|good|checked|justified|appropriate|logical|realistic|believable|ready|easy"
+    r"|straightforward|as expected|as (?:required|desired|follows|claimed|stated)|what we|the same|in (?:the|its) (?:correct|right|simplest"
+    r"|lowest|required|desired))\b(?!\s*[:=])|(?:是)?(?:正确|对|合理|错误|不正确|一致|唯一|正确无误)的?(?=[。,.;!\s]|$)",
+    re.IGNORECASE,
+)
+_FULL_WIDTH = {0xFF01: "! ", 0xFF08: "(", 0xFF09: ")", 0xFF0C: ", ", 0xFF1A: ":", 0xFF1B: "; ", 0xFF1F: "? "}  # punctuation
+_SUBJECT = re.compile(r"^(?:answers?|solutions?)\b|\W*\b(?:is|are|was|would be|will be|should be|must be|equals)\W*$", re.IGNORECASE)
+_EMPHASIS = re.compile(r"(?<![\w)\]}*\\])(\*{1,3}|_{2,3})(?=[^\s*_])([^\n*]{0,300}?[^\s*_\\])\1(?![\w*(])")
+_HTML = re.compile(r"</?(?:b|strong|i|em|u|mark|p|center)>", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$|\*|<)|。|\n|</")
+_MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$([^$\n]*(?:\\[a-zA-Z]{2}|[a-zA-Z)}]\^)[^$\n]*)\$", re.DOTALL)
+_LONG_WORD = re.compile(
+    r"(?<![\\a-zA-Z])(?!(?:sin|cos|tan|log|exp|sqrt)(?![a-zA-Z]))[a-zA-Z]{3,}|[\u0400-\u04ff]{3}|[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3]{2}"
+)
+_CONDITION = re.compile(
+    r"[\s,(]*(?:for|where|when|if|with|as|since|because|given|provided)(?: (?:all|any|every|each|that))?\s*", re.IGNORECASE
+)
+_COUNTABLE = re.compile(rf"[\d\\]|(?<!\w)(?!a\s)[a-zA-Z](?!\w)|{NUMBER_WORD.pattern}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -37,22 +59,41 @@ class Found:
     reason: str = ""
 
 
-def final_answer(completion: str) -> Found:
+def final_answer(completion: str, numeric: bool = False) -> Found:
     r"""The answer of a completion as it is written there.
+
+    With `numeric` a phrase without a number in it, such as "the answer is positive", is no answer.
 
     Example:
         >>> final_answer(r"First \boxed{1}, no: \boxed{\frac{1}{2}}.").text
         '\\frac{1}{2}'
     """
     text = _THOUGHTS.sub("\n", completion[-MAX_TEXT:]).rpartition("</think>")[2].strip()
+    emphasized, text = text, plain_text(text)
     if not text:
         return Found(None, reason="only thoughts, no answer" if completion.strip() else "empty")
-    found = _marked(text) or _phrase(text) or _prose(text)
+    found = _marked(text) or _phrase(text, numeric) or _prose(text)
+    if found.form in ("whole", "") and not numeric and (marks := list(_EMPHASIS.finditer(emphasized))):
+        found = Found(marks[-1][2], "bold")
     if found.text is not None and not found.text.strip():
         return Found(None, found.form, "empty answer")
     if found.text is not None and len(found.text) > MAX_ANSWER:
         return Found(None, found.form, f"answer longer than {MAX_ANSWER} characters")
     return found
+
+
+def plain_text(text: str) -> str:
+    """`text` without the marks of emphasis of Markdown and HTML and full-width punctuation; a product or power in stars stays.
+
+    Example:
+        >>> plain_text("The **answer** is **$27**, 2**3 * 4")
+        'The answer is $27, 2**3 * 4'
+    """
+    if not text.isascii():
+        text = text.translate(_FULL_WIDTH)
+    if "*" in text or "__" in text:
+        text = _EMPHASIS.sub(r"\2", text)
+    return _HTML.sub("", text) if "<" in text else text
 
 
 def boxed(text: str) -> str | None:
@@ -62,13 +103,17 @@ def boxed(text: str) -> str | None:
     following = len(text)
     for mark in reversed(marks):
         content, end = _braced(text, mark.end())
-        if parts and not re.fullmatch(r"(?:[\s$,;&]|and|or|\\[()])*", text[end:following]):
+        if content is not None and end > following:  # a box in a box
+            parts = [content]
+            following = mark.start()
+            continue
+        if parts and not re.fullmatch(r"(?:[\s$,;&.*]|and|or|\\[()[\]])*", text[end:following]):
             break
         if content is None:
             return ", ".join(parts) if parts else None
         parts.insert(0, content)
         following = mark.start()
-    return ", ".join(parts)
+    return ", ".join({tidy(part): part for part in parts}.values())
 
 
 def _marked(text: str) -> Found | None:
@@ -92,16 +137,31 @@ def _marked(text: str) -> Found | None:
     return inner if inner and inner.text else Found(content, "tags")
 
 
-def _phrase(text: str) -> Found | None:
+def _phrase(text: str, numeric: bool = False, judgements: int = 3) -> Found | None:
     for mark in reversed(list(_PHRASE.finditer(text))[-10:]):
         rest = text[mark.end() :]
         if not rest.strip():
             return Found(None, "phrase", f"truncated: nothing after {mark.group().strip()!r}")
         display = re.match(r"\s*(?:\$\$|\\\[)(.+?)(?:\$\$|\\\])", rest, re.DOTALL)
         content = display[1] if display else _sentence(rest)
+        if judgements and (_JUDGEMENT.match(content.lstrip("*_ ")) or (numeric and not _COUNTABLE.search(content))):
+            elsewhere = _without_judgement(text, mark, content, numeric, judgements - 1)
+            if elsewhere is not None:
+                return elsewhere
         if re.search(r"[\d\\]", content) or len(content.split()) <= 4:
             return Found(content.strip(" *_"), "phrase")
     return None
+
+
+def _without_judgement(text: str, mark: re.Match[str], content: str, numeric: bool, judgements: int) -> Found | None:
+    """The answer of a text without the judgement in it ("the answer of 61 is correct"); None where nothing else says one."""
+    start = mark.end() + text[mark.end() :].find(content)
+    about = _SUBJECT.sub("", mark.group()) if re.search(r"\d", mark.group()) else ""
+    rest = f"{text[: mark.start()]}{about}{text[start + len(content) :]}"
+    if not re.search(r"\w", rest):
+        return None
+    found = _phrase(rest, numeric, judgements) or _prose(rest)
+    return found if found and found.text and (found.form != "whole" or re.search(r"\d", found.text)) else None
 
 
 def _prose(text: str) -> Found:
@@ -112,6 +172,8 @@ def _prose(text: str) -> Found:
         if parse_number(bare) or not _LONG_WORD.search(bare):
             return Found(text, "whole")
     maths = list(_MATH.finditer(tail))
+    while len(maths) > 1 and _CONDITION.fullmatch(tail, maths[-2].end(), maths[-1].start()):
+        tail = tail[: maths.pop().start()]
     if maths and last_number(tidy(tail[maths[-1].end() :])) is None:
         return Found(next(group for group in maths[-1].groups() if group), "math")
     number = last_number(tidy(tail))

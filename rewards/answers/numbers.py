@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 MAX_DIGITS = 400  # of one number; more is not read
 MAX_EXPONENT = 400  # of a power of ten in scientific notation
-TOLERANCE = Fraction(2, 10**6)  # between a decimal and the number that it rounds; integers compare exactly
+ROUNDED = Fraction(1, 10**6)  # the last place of a decimal that may stand for the number which it rounds
+ROUNDED_DIGITS = 6  # and how many digits it must have after its zeros
 
 _SYMBOLS = {
     0x2010: "-", 0x2011: "-", 0x2013: "-", 0x2212: "-",  # hyphens, en dash, minus sign
@@ -30,7 +31,13 @@ _LATEX = [
         (r"\\boxed(?![a-zA-Z])", ""),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])\.?", ""),
-        (r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname)\*?\s*\{([^{}]*)\}", r" \1 "),
+        (r"\\(?:text|textrm|textup|mathrm|mathit|mathbf|operatorname)\s*\{\s*([ei])\s*\}|\\(i)math(?![a-zA-Z])", r"{\1\2}"),
+        (r"\\(?:mathbf|mathrm|boldsymbol|bm|bold|pmb|textbf)(?=\s*\{[^{}]*\{)|\\(?:bf|bfseries|rm|it)(?![a-zA-Z])", " "),
+        (r"\{([^{}]*?)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (
+            r"\\(?:text(?:bf|it|rm|normal|up|sf)?|math(?:rm|bf|it|sf)|boldsymbol|bm|bold|pmb|emph|[mh]box|operatorname)\*?\s*\{([^{}]*)\}",
+            r" \1 ",
+        ),
         (r"(?<!\\)\\!", ""),
         (r"\{,\}|\\,(?=\d{3}(?!\d))(?<=\d\\,)", ","),
         (r"(?<!\\)\\[,!;:> ]|~|\\q?quad(?![a-zA-Z])|\\thinspace|\\allowbreak", " "),
@@ -56,10 +63,17 @@ _SCALES = {
 _UNIT_WORDS = (
     "mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer kilometre; in inch inches; ft foot feet; yd yard; "
     "mi mile; mg milligram; g gram; kg kilogram; lb pound; oz ounce; ml mL milliliter millilitre; l L liter litre; ms millisecond; "
-    "s sec second; min minute; h hr hour; day; week; month; year; $ dollar buck usd USD; cent; euro € EUR; £ GBP; ° deg degree; am a.m AM; "
-    "pm p.m PM; mph; kmh km/h"
+    "s sec second; min minute; h hr hour; day; week; month; year; $ dollar buck usd USD; cent; euro € EUR; £ GBP; ¥ CNY yuan; "
+    "° deg degree; am a.m AM; pm p.m PM; mph; kmh km/h"
 )
 _UNITS = {name: group.split()[0] for group in _UNIT_WORDS.split(";") for name in group.split()}
+_CHINESE_UNITS = {
+    "毫米": "mm", "厘米": "cm", "米": "m", "千米": "km", "公里": "km", "克": "g", "千克": "kg", "公斤": "kg", "毫升": "ml", "升": "l",
+    "秒": "s", "分钟": "min", "小时": "h", "天": "day", "周": "week", "月": "month", "年": "year", "元": "yuan", "美元": "dollar",
+    "美分": "cent", "欧元": "euro", "度": "degree", "平方厘米": "cm^2", "平方米": "m^2", "立方厘米": "cm^3", "立方米": "m^3",
+}  # fmt: skip
+_CHINESE_SCALES = {"百万": 10**6, "千万": 10**7, "万": 10**4, "亿": 10**8}
+_CHINESE_END = re.compile(r"(?<=[\d}%)])\s*(百万|千万|万|亿)?([\u4e00-\u9fff]{0,6})$")
 _NOT_UNITS = re.compile(
     r"\b(?:or|and|pi|sqrt|sin|cos|tan|log|ln|exp|infty|inf|infinity|over|divided|times|plus|minus|choose|to|mod)\b", re.IGNORECASE
 )
@@ -88,16 +102,20 @@ _WORDS = {
     "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16, "seventeen": 17, "eighteen": 18, "nineteen": 19,
     "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
 }  # fmt: skip
-_WORD = re.compile(rf"\b({'|'.join(_WORDS)})(?:[-\s]({'|'.join(list(_WORDS)[1:10])}))?\b", re.IGNORECASE)
+NUMBER_WORD = re.compile(rf"\b({'|'.join(_WORDS)})(?:[-\s]({'|'.join(list(_WORDS)[1:10])}))?\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number with what was written beside it: `value` times `scale` (1/100 for percent, 10**6 for million) in `unit`."""
+    """A number with what was written beside it: `value` times `scale` (1/100 for percent, 10**6 for million) in `unit`.
+
+    `place` is the worth of the last digit of a decimal (1/100 for 0.25, times no scale) and None for all other numbers.
+    """
 
     value: Fraction
     scale: Fraction = Fraction(1)
     unit: str = ""
+    place: Fraction | None = field(default=None, repr=False)
 
 
 def tidy(text: str) -> str:
@@ -123,7 +141,7 @@ def parse_number(text: str) -> Number | None:
         >>> parse_number("$1,234.50 per week")
         Number(value=Fraction(2469, 2), scale=Fraction(1, 1), unit='$')
     """
-    text = text.strip().removesuffix(".").strip()
+    text = _latin_unit(text.strip().removesuffix(".").strip())
     while len(text) > 1 and text[0] + text[-1] in ("()", "{}", "$$") and "," not in text:
         text = text[1:-1].strip()
     if not any(character.isdigit() for character in text[:200]):
@@ -138,20 +156,20 @@ def parse_number(text: str) -> Number | None:
     negative = found["sign"].strip().lower() in ("-", "minus", "negative") or found["inner"] == "-"
     scale, unit = scaled
     currency = found["currency"].lstrip("\\")
-    return Number(-value if negative else value, scale, _UNITS.get(currency, currency) if currency else unit)
+    return Number(-value if negative else value, scale, _UNITS.get(currency, currency) if currency else unit, _place(found["magnitude"]))
 
 
 def same_number(a: Number, b: Number) -> bool:
-    """Whether two numbers are equal: integers exactly, decimals up to rounding at the sixth digit.
+    """Whether two numbers are equal: exactly, or one is a decimal of six digits or more that rounds or cuts the other in its last digit.
 
     A percent sign or a scale word may be missing on one side (50% is 50 and 0.5; 0.5 is not 50). Units count only when both sides have
     one that is known.
     """
     if a.unit != b.unit and _known(a.unit) and _known(b.unit):
         return False
-    if _close(a.value * a.scale, b.value * b.scale):
+    if _close(a, b, a.scale, b.scale):
         return True
-    return (a.scale == 1) != (b.scale == 1) and _close(a.value, b.value)
+    return (a.scale == 1) != (b.scale == 1) and _close(a, b, Fraction(1), Fraction(1))
 
 
 def last_number(text: str) -> str | None:
@@ -170,10 +188,31 @@ def _written(found: re.Match[str]) -> str:
     return found.group().strip().rstrip(".")
 
 
-def _close(a: Fraction, b: Fraction) -> bool:
-    if a == b or (a.denominator == 1 and b.denominator == 1):
-        return a == b
-    return abs(a - b) <= TOLERANCE * min(1, abs(a), abs(b)) or abs(a - b) <= Fraction(1, 10**12)
+def _close(a: Number, b: Number, scale_a: Fraction, scale_b: Fraction) -> bool:
+    if a.value * scale_a == b.value * scale_b:
+        return True
+    decimals = [
+        (place * scale, number.value * scale, other.value * other_scale)
+        for number, place, scale, other, other_scale in ((a, a.place, scale_a, b, scale_b), (b, b.place, scale_b, a, scale_a))
+        if place
+    ]
+    return bool(decimals) and _rounds(*max(decimals))  # of two decimals only the shorter one can be the other's rounding
+
+
+def _rounds(place: Fraction, decimal: Fraction, exact: Fraction) -> bool:
+    """Whether `decimal`, whose last digit is worth `place`, is `exact` rounded or cut there."""
+    error = abs(exact) - abs(decimal)
+    long_enough = place <= ROUNDED and abs(decimal) >= place * 10 ** (ROUNDED_DIGITS - 1)
+    return long_enough and decimal * exact > 0 and -place / 2 <= error < place
+
+
+def _place(text: str) -> Fraction | None:
+    """What the last digit of a decimal such as 1.6e-19 is worth; None for other numbers."""
+    found = re.fullmatch(rf"(?:\d[\d, ]*)?\.(\d+)({_POWER}?)", text)
+    if found is None:
+        return None
+    exponent = re.search(r"[-+]?\d+\s*\}?$", found[2])
+    return Fraction(10) ** ((int(exponent.group().strip(" }")) if exponent else 0) - len(found[1]))
 
 
 def _magnitude(text: str) -> Fraction | None:
@@ -227,13 +266,24 @@ def _scale_and_unit(rest: str) -> tuple[Fraction, str] | None:
     return None if glued or unknown else (scale, known + caret + power if known else text)
 
 
+def _latin_unit(text: str) -> str:
+    """A number with a Chinese scale or unit (3万元, 5厘米, 61个) with those of English; an unknown counter is left out."""
+    if not text or not "\u4e00" <= text[-1] <= "\u9fff":
+        return text
+    found = _CHINESE_END.search(text)
+    if found is None:
+        return text
+    scale = rf"\times 10^{{{len(str(_CHINESE_SCALES[found[1]])) - 1}}}" if found[1] else ""
+    return f"{text[: found.start()]}{scale} {_CHINESE_UNITS.get(found[2], '')}".strip()
+
+
 def _known(unit: str) -> bool:
     return unit.partition("^")[0] in _UNITS
 
 
 def _digits_for_words(text: str) -> str:
-    found = _WORD.findall(text)
+    found = NUMBER_WORD.findall(text)
     if len(found) != 1:
         return text
     tens, ones = found[0]
-    return _WORD.sub(str(_WORDS[tens.lower()] + _WORDS[ones.lower() or "zero"]), text)
+    return NUMBER_WORD.sub(str(_WORDS[tens.lower()] + _WORDS[ones.lower() or "zero"]), text)
