@@ -9,7 +9,7 @@ Three parts, each of rows (gold, completion, label):
 
 FOLDER holds GSM8K's train.jsonl and test.jsonl (`question`, `answer`) and model_solutions_labelled.jsonl (`completion`, `answer`, `label`);
 without it only the pairs of the tests and the generated ones are graded. `--every N` takes each Nth row of GSM8K. Plain Math-Verify is
-`verify(parse(gold), parse(completion))` with its defaults; a GSM8K solution is cut at `####` for both, as is usual.
+`verify(parse("$gold$"), parse(completion))` with its defaults; of a text with `####`, which it does not know, it gets what follows.
 """
 
 from __future__ import annotations
@@ -78,10 +78,7 @@ def theirs() -> Callable[[str, str], bool]:
 
     def right(gold: str, completion: str) -> bool:
         gold, completion = (text.rpartition("####")[2] if "####" in text else text for text in (gold, completion))
-        read = parse(gold)
-        if not read or isinstance(read[0], str):  # its documented form for golds that are LaTeX
-            read = parse(f"${gold}$")
-        return verify(read, parse(completion))
+        return verify(parse(f"${gold.strip()}$"), parse(completion))
 
     return right
 
@@ -104,14 +101,13 @@ def solutions(folder: Path | None, every: int) -> list[Row]:
         for row in _rows(folder, name, every)
     ]
     rows += [(row["answer"], row["completion"], bool(row["label"])) for row in _rows(folder, "model_solutions_labelled.jsonl", every)]
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    import math_pairs
+    tests = Path(__file__).parents[1] / "tests"
+    rows += [(row["answer"], row["completion"], row["label"]) for row in _rows(tests / "unit", "math_pairs.jsonl", 1)]
+    sys.path[:0] = [str(tests), str(tests / "unit")]
     import test_math_answer
 
-    for module in (test_math_answer, math_pairs):
-        rows += [(str(gold), completion, True) for gold, completion in module.RIGHT]
-        rows += [(str(gold), completion, False) for gold, completion in module.WRONG]
+    rows += [(str(gold), completion, True) for gold, completion in test_math_answer.RIGHT]
+    rows += [(str(gold), completion, False) for gold, completion in test_math_answer.WRONG]
     return rows
 
 
@@ -204,17 +200,15 @@ def table(report: dict[str, Any]) -> str:
     lines = ["part | rows | false positives: ours, Math-Verify | false negatives: ours, Math-Verify"]
     for name in ("solutions", "pairs", "endings"):
         part = report[name]
-        a, b = part["math_answer"], part["math_verify"]
-        lines.append(
-            f"{name} | {part['rows']:,} | {a['false_positives']:,}, {b['false_positives']:,} | {a['false_negatives']:,}, {b['false_negatives']:,}"
-        )
+        counts = [f"{part[grader][kind]:,}" for kind in ("false_positives", "false_negatives") for grader in ("math_answer", "math_verify")]
+        lines.append(f"{name} | {part['rows']:,} | {', '.join(counts[:2])} | {', '.join(counts[2:])}")
     if "answers_per_second" in report:
         lines.append(f"answers per second of CPU time on GSM8K: {report['answers_per_second']:,.0f} (required: {REQUIRED:,})")
     return "\n".join(lines)
 
 
 def _rows(folder: Path | None, name: str, every: int) -> list[dict[str, Any]]:
-    return [row for _, row in read_jsonl(folder / name)][::every] if folder else []
+    return [row for _, row in read_jsonl(str(folder / name))][::every] if folder else []
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from importlib.metadata import version as package_version
 from typing import Any
 
 from rewards import Prompt, column
-from rewards.answers.final_answer import MAX_ANSWER, MAX_TEXT, Found, boxed, final_answer
+from rewards.answers.final_answer import MAX_ANSWER, MAX_PROSE, Found, boxed, final_answer
 from rewards.answers.numbers import first_number, last_number, parse_number, same_number
 from rewards.answers.reading import Answer, is_words, key, read
 from rewards.answers.symbolic import RELATION, Unreadable, equals_number, refusal, symbolically_equal
@@ -71,7 +71,7 @@ def _found(completion: str, gold: Answer) -> Found:
     if found.form == "number" and (gold.kind == "union" or gold.kind[:1] in ("(", "[")):  # "between 2 and 5"
         return Found(re.split(r"[.!?。](?:\s|$)|\n", completion[-MAX_ANSWER:].rstrip(" .!。\n"))[-1], "sentence")
     if re.fullmatch(r"\(?[A-J]\)?", gold.text) and found.form not in ("boxed", "hash", "tags"):
-        letter = choice((found.text if found.form == "phrase" else None) or completion[-MAX_TEXT:]) or choice(completion[-MAX_TEXT:])
+        letter = choice((found.text if found.form == "phrase" else None) or completion[-MAX_PROSE:]) or choice(completion[-MAX_PROSE:])
         return Found(letter, "phrase") if letter else found
     return found
 
@@ -124,11 +124,14 @@ def equal(gold: Answer, answer: Answer) -> bool:
         return answer.text.strip("(")[0] == gold.text
     if is_words(gold.text) or is_words(answer.text):
         return False
+    equations = _equation(gold, answer), _equation(answer, gold)
+    if equations != (gold.text, answer.text) and symbolically_equal(*equations):
+        return True
     if gold.number is not None:
         return equals_number(gold.number, answer.text, answer.text)
     if answer.number is not None:
         return equals_number(answer.number, gold.text, answer.text)
-    return symbolically_equal(_equation(gold, answer), _equation(answer, gold))
+    return symbolically_equal(gold.text, answer.text)
 
 
 def _exact_or_rounded(answer: Answer, other: Answer) -> Answer:

@@ -74,7 +74,7 @@ def same_relation(left: tuple[Any, Any], right: tuple[Any, Any]) -> int:
     sign, first = 0, None
     for values in _points(_names(*sides)):
         try:
-            a, b, bits = _evaluate(*sides, values)
+            a, b, bits = _evaluate(sides[0], sides[1], values)
         except NotCovered:
             continue
         if _is_zero(a, bits) or _is_zero(b, bits):

@@ -19,7 +19,7 @@ MAX_ANSWER = 1_000
 _BOXED = re.compile(r"\\f?boxed(?![a-zA-Z])\s*")
 _THOUGHTS = re.compile(r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _PHRASE = re.compile(
-    r"(?:\b(?i:answers?|solutions?)\b[*_]*(?:\s+(?:to|of|for)\b[^.\n:=]{0,80}?)?[*_\s]*"
+    r"(?:(?<!convert the )(?<!round the )(?<!change the )\b(?i:answers?|solutions?)\b[*_]*(?:\s+(?:to|of|for)\b[^.\n:=]{0,80}?)?[*_\s]*"
     r"(?:(?:(?i:is|are|was|would be|will be|should be|must be|equals)\b|[:=])[*_\s]*)+|^[ \t*_]*(?:A|Ans|ANS)[*_]*\s*:[*_\s]*"
     r"|(?:答案|结果)[^。\n:=是为]{0,10}?(?:应该|应)?(?:[是为]|[:=])[是为:=\s*_]*"
     r"|(?:^|[。\n])\s*[答解]:|答案(?=\s*[-\d$\\])|故选:?|(?:应该|应|因此|所以)选:?)"
@@ -37,12 +37,13 @@ _JUDGEMENT = re.compile(
 )
 _FULL_WIDTH = {0xFF01: "! ", 0xFF08: "(", 0xFF09: ")", 0xFF0C: ", ", 0xFF1A: ":", 0xFF1B: "; ", 0xFF1F: "? "}  # punctuation
 _SUBJECT = re.compile(r"^(?:answers?|solutions?)\b|\W*\b(?:is|are|was|would be|will be|should be|must be|equals)\W*$", re.IGNORECASE)
+_DETERMINER = re.compile(r"(?:\b(?:the|this|that|my|our|so|thus|hence|therefore|and|final|which means)[\s,]+){0,4}$", re.IGNORECASE)
 _EMPHASIS = re.compile(r"(?<![\w)\]}*\\])(\*{1,3}|_{2,3})(?=[^\s*_])([^\n*]{0,300}?[^\s*_\\])\1(?![\w*(])")
 _HTML = re.compile(r"</?(?:b|strong|i|em|u|mark|p|center)>", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$|\*|<)|。|\n|</")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$([^$\n]*(?:\\[a-zA-Z]{2}|[a-zA-Z)}]\^)[^$\n]*)\$", re.DOTALL)
 _LONG_WORD = re.compile(
-    r"(?<![\\a-zA-Z])(?!(?:sin|cos|tan|log|exp|sqrt)(?![a-zA-Z]))[a-zA-Z]{3,}|[\u0400-\u04ff]{3}|[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3]{2}"
+    r"(?<![\\a-zA-Z])(?!(?:sin|cos|tan|log|exp|sqrt|and)(?![a-zA-Z]))[a-zA-Z]{3,}|[\u0400-\u04ff]{3}|[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3]{2}"
 )
 _CONDITION = re.compile(
     r"[\s,(]*(?:for|where|when|if|with|as|since|because|given|provided)(?: (?:all|any|every|each|that))?\s*", re.IGNORECASE
@@ -73,7 +74,8 @@ def final_answer(completion: str, numeric: bool = False) -> Found:
     if not text:
         return Found(None, reason="only thoughts, no answer" if completion.strip() else "empty")
     found = _marked(text) or _phrase(text, numeric) or _prose(text)
-    if found.form in ("whole", "") and not numeric and (marks := list(_EMPHASIS.finditer(emphasized))):
+    marks = list(_EMPHASIS.finditer(emphasized)) if found.form in ("whole", "") else []
+    if marks and (not numeric or NUMBER_WORD.search(marks[-1][2])):
         found = Found(marks[-1][2], "bold")
     if found.text is not None and not found.text.strip():
         return Found(None, found.form, "empty answer")
@@ -157,10 +159,13 @@ def _without_judgement(text: str, mark: re.Match[str], content: str, numeric: bo
     """The answer of a text without the judgement in it ("the answer of 61 is correct"); None where nothing else says one."""
     start = mark.end() + text[mark.end() :].find(content)
     about = _SUBJECT.sub("", mark.group()) if re.search(r"\d", mark.group()) else ""
-    rest = f"{text[: mark.start()]}{about}{text[start + len(content) :]}"
+    rest = f"{_DETERMINER.sub('', text[: mark.start()])}{about}{text[start + len(content) :]}"
     if not re.search(r"\w", rest):
         return None
     found = _phrase(rest, numeric, judgements) or _prose(rest)
+    number = last_number(tidy(found.text)) if numeric and found.form == "whole" and found.text else None
+    if number is not None:
+        return Found(number, "number")
     return found if found and found.text and (found.form != "whole" or re.search(r"\d", found.text)) else None
 
 

@@ -97,6 +97,7 @@ _TOKEN = re.compile(
     re.IGNORECASE,
 )
 _UNIT = re.compile(r"[A-Za-z°$€£.\-'()/]+(?:\^?\{?[23]\}?)?(?:[\s/]+[A-Za-z°.\-'()]+(?:\^?\{?[23]\}?)?){0,7}")
+_SQUARED = re.compile(r"(?<=[a-zA-Z])\^\{?[23]\}?(?![\d\w])")  # of a unit
 _WORDS = {
     "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11,
     "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16, "seventeen": 17, "eighteen": 18, "nineteen": 19,
@@ -174,13 +175,13 @@ def same_number(a: Number, b: Number) -> bool:
 
 def last_number(text: str) -> str | None:
     """The last number of a tidied prose text as it is written there, a time, ratio or date as one; None without any."""
-    found = deque(_TOKEN.finditer(text), maxlen=1)
+    found = deque(_TOKEN.finditer(_SQUARED.sub("", text) if "^" in text else text), maxlen=1)
     return _written(found[0]) if found else None
 
 
 def first_number(text: str) -> str | None:
     """The first number of a tidied prose text as it is written there; None without any."""
-    found = _TOKEN.search(text)
+    found = _TOKEN.search(_SQUARED.sub("", text) if "^" in text else text)
     return _written(found) if found else None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from rewards.answers.final_answer import MAX_ANSWER, plain_text
 from rewards.answers.numbers import Number, parse_number, tidy
-from rewards.answers.symbolic import FUNCTIONS, Unreadable
+from rewards.answers.symbolic import FUNCTIONS, RELATION, Unreadable
 from rewards.answers.words import in_symbols, without_qualifier
 
 MAX_DEPTH = 7  # of brackets
@@ -62,9 +62,9 @@ def read(text: str, words: bool = True) -> Answer:
     number = parse_number(plain)
     if number is not None:
         return Answer(plain, number)
-    if not words:
-        return _read(plain)
     head, qualifier = without_qualifier(plain)
+    if not words:
+        return _read(bare(head) if RELATION.search(qualifier) else plain)
     return replace(_read(bare(in_symbols(head))), qualifier=bare(in_symbols(qualifier)) if qualifier else "")
 
 

@@ -189,8 +189,10 @@ def _unsafe(text: str) -> str | None:
         return "sums, integrals and limits are compared as text"
     if re.search(rf"\d{{{MAX_INTEGER + 1}}}", text):
         return "numbers too long"
-    if re.search(r"\^\s*-?(?:\d+|[a-zA-Z])\s*\^", text):  # a power of a power without braces takes its parser minutes
+    if re.search(r"\^\s*-?(?:\d+|[a-zA-Z])\s*\^", text):
         return "powers too large"
+    if re.search(r"_\s*\w\s*_", text):  # no LaTeX, and like powers of powers without braces it takes its parser minutes
+        return "a subscript of a subscript"
     return "factorials too large" if _LARGE_BINOMIAL.search(text) else None
 
 

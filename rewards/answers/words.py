@@ -63,7 +63,7 @@ _TRAILING_RELATION = re.compile(
 )
 _STATED = re.compile(
     r"(?:\b(?i:answer|option|choice|letter|choose|select|pick|correct(?: one)?)\b|选项?|答案)[^A-Za-z\n.。]{0,6}"
-    r"(?:(?i:is|are|was|be|must be|would be|letter|option|choice)\s+)*[^A-Za-z\n]{0,6}([A-J])(?![A-Za-z'])(?!\s+[a-z]+\s+(?:is|are|of)\b)"
+    r"(?:(?i:is|are|was|be|must be|letter|option|choice)\s+){0,4}[^A-Za-z\n]{0,6}([A-J])(?![A-Za-z'])(?!\s+[a-z]+\s+(?:is|are|of)\b)"
     r"|\b([A-J])\b(?=[^A-Za-z\n]{0,4}\s*(?i:is (?:the )?(?:correct|right|answer|best)))"
 )
 _ALONE = re.compile(r"\(([A-J])\)|(?<![A-Za-z'\\{}=+*/^_-])([B-HJ])(?![A-Za-z'}=+*/^_])|(?<![A-Za-z'\\])A(?=\s*[.)。,]|\s*$)")
