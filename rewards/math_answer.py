@@ -110,10 +110,10 @@ def equal(gold: Answer, answer: Answer) -> bool:
         return equal(_exact_or_rounded(gold, answer), _exact_or_rounded(answer, gold))
     if _differently_named(gold, answer) or _differently_qualified(gold, answer):
         return False
-    if key(gold.text) == key(answer.text) and gold.kind == answer.kind:
-        return True
     if gold.number is not None and answer.number is not None:
         return same_number(gold.number, answer.number)
+    if key(gold.text) == key(answer.text) and gold.kind == answer.kind:
+        return True
     if gold.kind and answer.kind:
         return _same_parts(gold, answer)
     if answer.kind == "list" and all(equal(gold, part) for part in answer.parts):
@@ -122,11 +122,11 @@ def equal(gold: Answer, answer: Answer) -> bool:
         return False
     if re.fullmatch(r"[A-J]", gold.text) and re.match(r"\(?[A-J](?:\)|[.:]\s|$)", answer.text):
         return answer.text.strip("(")[0] == gold.text
-    if is_words(gold.text) or is_words(answer.text):
-        return False
     equations = _equation(gold, answer), _equation(answer, gold)
     if equations != (gold.text, answer.text) and symbolically_equal(*equations):
         return True
+    if is_words(gold.text) or is_words(answer.text):
+        return False
     if gold.number is not None:
         return equals_number(gold.number, answer.text, answer.text)
     if answer.number is not None:

@@ -39,6 +39,7 @@ _FULL_WIDTH = {0xFF01: "! ", 0xFF08: "(", 0xFF09: ")", 0xFF0C: ", ", 0xFF1A: ":"
 _SUBJECT = re.compile(r"^(?:answers?|solutions?)\b|\W*\b(?:is|are|was|would be|will be|should be|must be|equals)\W*$", re.IGNORECASE)
 _DETERMINER = re.compile(r"(?:\b(?:the|this|that|my|our|so|thus|hence|therefore|and|final|which means)[\s,]+){0,4}$", re.IGNORECASE)
 _EMPHASIS = re.compile(r"(?<![\w)\]}*\\])(\*{1,3}|_{2,3})(?=[^\s*_])([^\n*]{0,300}?[^\s*_\\])\1(?![\w*(])")
+_QUOTED = re.compile(r"^\s*>\s*(?=\*)", re.MULTILINE)
 _HTML = re.compile(r"</?(?:b|strong|i|em|u|mark|p|center)>", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$|\*|<)|。|\n|</")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$([^$\n]*(?:\\[a-zA-Z]{2}|[a-zA-Z)}]\^)[^$\n]*)\$", re.DOTALL)
@@ -94,6 +95,7 @@ def plain_text(text: str) -> str:
     if not text.isascii():
         text = text.translate(_FULL_WIDTH)
     if "*" in text or "__" in text:
+        text = _QUOTED.sub("", text)
         text = _EMPHASIS.sub(r"\2", text)
     return _HTML.sub("", text) if "<" in text else text
 

@@ -14,7 +14,8 @@ MAX_DEPTH = 7  # of brackets
 MAX_PARTS = 50  # elements of a list
 
 _NAME = re.compile(
-    r"\(?(\\?[a-zA-Z](?:_(?:\w|\{\w+\}))?'?(?:\([a-z](?:,\s*[a-z])*\))?|\\[a-z]+(?:_(?:\w|\{\w+\}))?)\s*(?::?=|\\in(?![a-z]))\s*(?!=)(.+)",
+    r"\(?(\\?[a-zA-Z](?:_(?:\w|\{\w+\}))?'?(?:\([a-zA-Z](?:,\s*[a-z])*\))?|\\[a-z]+(?:_(?:\w|\{\w+\}))?|m?\s*\\angle\s*[A-Z]+|[A-Z]{2,3}"
+    r"|\([a-z](?:,\s*[a-z])+\))\s*(?::?=|\\in(?![a-z]))\s*(?!=)(.+)",
     re.DOTALL,
 )
 _ARITHMETIC = re.compile(r"[\d\s.,+\-*/()$%^{}]|\\times|\\cdot|\\div|\\frac")
@@ -58,10 +59,10 @@ def read(text: str, words: bool = True) -> Answer:
     plain = bare(tidy(plain_text(text)))
     if not re.search(r"[\w°]|\\[a-z]", plain):
         raise Unreadable("empty")
-    _check_brackets(plain)
     number = parse_number(plain)
     if number is not None:
         return Answer(plain, number)
+    _check_brackets(plain)
     head, qualifier = without_qualifier(plain)
     if not words:
         return _read(bare(head) if RELATION.search(qualifier) else plain)
