@@ -1,7 +1,8 @@
 r"""Where the answer of a completion stands: `\boxed{}`, `####`, `<answer>` tags, "the answer is", "A:", or the last number in prose.
 
 The last of the strong marks (boxed, ####, tags) decides; without one the last phrase; without one the prose. A mark that was begun and not
-finished is a truncated completion and has no answer, whatever came before it.
+finished is a truncated completion and has no answer, whatever came before it. Markdown's bold and italics are no part of an answer, and
+"the answer is correct" names none. Chinese phrases are known too.
 """
 
 from __future__ import annotations
@@ -9,8 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from rewards.answers.numbers import last_number, parse_number, tidy
-from rewards.answers.wording import without_wording
+from rewards.answers.numbers import NUMBER_WORD, last_number, parse_number, tidy
 
 MAX_TEXT = 100_000  # characters from the end of a completion that are searched for marks
 MAX_PROSE = 4_000  # and for a number
@@ -19,25 +19,37 @@ MAX_ANSWER = 1_000
 _BOXED = re.compile(r"\\f?boxed(?![a-zA-Z])\s*")
 _THOUGHTS = re.compile(r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _PHRASE = re.compile(
-    r"(?:\b(?i:answers?|solutions?)\b[*_]*(?:\s+(?:to|of|for)\b[^.\n:=]{0,80}?)?[*_\s]*"
-    r"(?:(?:(?i:is|are|was|would be|will be|should be|equals)\b|[:=])[*_\s]*)+|^[ \t*_]*(?:A|Ans|ANS)[*_]*\s*:[*_\s]*"
-    r"|\b(?i:correct|right) (?i:option|choice)\b(?:\s+(?i:is)\b|\s*:)+\s*"
-    r"|(?:最终|最后|正确)?的?(?:答案|选项)(?:应该|应)?[是为选]?\s*[::]?\s*|^答\s*[::]\s*)"
+    r"(?:(?<!convert the )(?<!round the )(?<!change the )\b(?i:answers?|solutions?)\b[*_]*(?:\s+(?:to|of|for)\b[^.\n:=]{0,80}?)?[*_\s]*"
+    r"(?:(?:(?i:is|are|was|would be|will be|should be|must be|equals)\b|[:=])[*_\s]*)+|^[ \t*_]*(?:A|Ans|ANS)[*_]*\s*:[*_\s]*"
+    r"|(?:答案|结果)[^。\n:=是为]{0,10}?(?:应该|应)?(?:[是为]|[:=])[是为:=\s*_]*"
+    r"|(?:^|[。\n])\s*[答解]:|答案(?=\s*[-\d$\\])|故选:?|(?:应该|应|因此|所以)选:?)"
     r"(?i:(?:therefore|thus|simply|equal to|approximately|about|:)\s*)*",
     re.MULTILINE,
 )
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$|\*|<)|\n|</|[。!?;](?!\d)|,(?=[\u4e00-\u9fff])")
-_MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$([^$\n]*\\[a-zA-Z]{2}[^$\n]*)\$", re.DOTALL)
-_BOLD = re.compile(r"(?<![\w)\]}*])(\*\*|__)(?=[^\s*])([^\n]{1,300}?)(?<=\S)\1(?![\w(*])")
-# What is said of an answer and is none: "the answer is correct", "is therefore consistent with ...".
-_REMARK = re.compile(
-    r"(?i:(?:indeed|also|now|thus|hence|so|in fact|clearly|obviously|therefore|not|quite|fully|very|both|all|as|the|a|an|in|well)\s+)*"
-    r"(?i:correct|incorrect|right|wrong|consistent|inconsistent|valid|invalid|verified|reasonable|confirmed|plausible|sensible|unique|clear|"
-    r"obvious|exact|accurate|straightforward|simple|good|fine|complete|final|expected|required|desired|follows?|shown|given|found|obtained|"
-    r"derived|below|above|checked|sound|certain|sure|well)\b(?!\s*[:=])|(?:正确|错误|对|合理|唯一)的?"
+_JUDGEMENT = re.compile(
+    r"(?:(?:indeed|also|thus|therefore|hence|clearly|definitely|certainly|probably|likely|most|quite|very|not|now|both|always|in fact"
+    r"|absolutely|completely|fully|actually|really|never|far from|already|thereby|all|perfectly|well|logically|mathematically)\s+)*"
+    r"(?:in)?(?:correct|right|wrong|consistent|valid|verified|confirmed|reasonable|unreasonable|plausible|sensible|accurate|exact|complete|clear"
+    r"|obvious|unique|final|acceptable|sound|satisfactory|fine|good|checked|justified|appropriate|logical|realistic|believable|ready|easy"
+    r"|straightforward|as expected|as (?:required|desired|follows|claimed|stated)|what we|the same|in (?:the|its) (?:correct|right|simplest"
+    r"|lowest|required|desired))\b(?!\s*[:=])|(?:是)?(?:正确|对|合理|错误|不正确|一致|唯一|正确无误)的?(?=[。,.;!\s]|$)",
+    re.IGNORECASE,
 )
-_OPTION = re.compile(r"(?i:the )?(?i:option|choice|letter)\s*\(?[A-J]\b")
-_LONG_WORD = re.compile(r"(?<![\\a-zA-Z])(?!(?:sin|cos|tan|log|exp|sqrt)(?![a-zA-Z]))[a-zA-Z]{3,}")
+_FULL_WIDTH = {0xFF01: "! ", 0xFF08: "(", 0xFF09: ")", 0xFF0C: ", ", 0xFF1A: ":", 0xFF1B: "; ", 0xFF1F: "? "}  # punctuation
+_SUBJECT = re.compile(r"^(?:answers?|solutions?)\b|\W*\b(?:is|are|was|would be|will be|should be|must be|equals)\W*$", re.IGNORECASE)
+_DETERMINER = re.compile(r"(?:\b(?:the|this|that|my|our|so|thus|hence|therefore|and|final|which means)[\s,]+){0,4}$", re.IGNORECASE)
+_EMPHASIS = re.compile(r"(?<![\w)\]}*\\])(\*{1,3}|_{2,3})(?=[^\s*_])([^\n*]{0,300}?[^\s*_\\])\1(?![\w*(])")
+_QUOTED = re.compile(r"^\s*>\s*(?=\*)", re.MULTILINE)
+_HTML = re.compile(r"</?(?:b|strong|i|em|u|mark|p|center)>", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$|\*|<)|。|\n|</")
+_MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$([^$\n]*(?:\\[a-zA-Z]{2}|[a-zA-Z)}]\^)[^$\n]*)\$", re.DOTALL)
+_LONG_WORD = re.compile(
+    r"(?<![\\a-zA-Z])(?!(?:sin|cos|tan|log|exp|sqrt|and)(?![a-zA-Z]))[a-zA-Z]{3,}|[\u0400-\u04ff]{3}|[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3]{2}"
+)
+_CONDITION = re.compile(
+    r"[\s,(]*(?:for|where|when|if|with|as|since|because|given|provided)(?: (?:all|any|every|each|that))?\s*", re.IGNORECASE
+)
+_COUNTABLE = re.compile(rf"[\d\\]|(?<!\w)(?!a\s)[a-zA-Z](?!\w)|{NUMBER_WORD.pattern}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -49,19 +61,23 @@ class Found:
     reason: str = ""
 
 
-def final_answer(completion: str, remarks: bool = False) -> Found:
-    r"""The answer of a completion as it is written there. With `remarks`, "the answer is correct" says so; else it says nothing.
+def final_answer(completion: str, numeric: bool = False) -> Found:
+    r"""The answer of a completion as it is written there.
+
+    With `numeric` a phrase without a number in it, such as "the answer is positive", is no answer.
 
     Example:
         >>> final_answer(r"First \boxed{1}, no: \boxed{\frac{1}{2}}.").text
         '\\frac{1}{2}'
     """
     text = _THOUGHTS.sub("\n", completion[-MAX_TEXT:]).rpartition("</think>")[2].strip()
-    if "**" in text or "__" in text:
-        text = _BOLD.sub(r"\2", text)
+    emphasized, text = text, plain_text(text)
     if not text:
         return Found(None, reason="only thoughts, no answer" if completion.strip() else "empty")
-    found = _marked(text) or _phrase(text, remarks) or _prose(text)
+    found = _marked(text) or _phrase(text, numeric) or _prose(text)
+    marks = list(_EMPHASIS.finditer(emphasized)) if found.form in ("whole", "") else []
+    if marks and (not numeric or NUMBER_WORD.search(marks[-1][2])):
+        found = Found(marks[-1][2], "bold")
     if found.text is not None and not found.text.strip():
         return Found(None, found.form, "empty answer")
     if found.text is not None and len(found.text) > MAX_ANSWER:
@@ -69,26 +85,39 @@ def final_answer(completion: str, remarks: bool = False) -> Found:
     return found
 
 
-def boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{}` and of other ones directly before it ("\boxed{1} and \boxed{2}"); the inner one of nested ones.
+def plain_text(text: str) -> str:
+    """`text` without the marks of emphasis of Markdown and HTML and full-width punctuation; a product or power in stars stays.
 
-    None when it is not closed.
+    Example:
+        >>> plain_text("The **answer** is **$27**, 2**3 * 4")
+        'The answer is $27, 2**3 * 4'
     """
+    if not text.isascii():
+        text = text.translate(_FULL_WIDTH)
+    if "*" in text or "__" in text:
+        text = _QUOTED.sub("", text)
+        text = _EMPHASIS.sub(r"\2", text)
+    return _HTML.sub("", text) if "<" in text else text
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{}` and of those directly before it ("\boxed{1} and \boxed{2}"); None when it is not closed."""
     parts: list[str] = []
     marks = list(_BOXED.finditer(text))[-10:]
     following = len(text)
     for mark in reversed(marks):
         content, end = _braced(text, mark.end())
-        if content is not None and end > following:
+        if content is not None and end > following:  # a box in a box
+            parts = [content]
+            following = mark.start()
             continue
-        if parts and not re.fullmatch(r"(?:[\s$,;&]|and|or|\\[()])*", text[end:following]):
+        if parts and not re.fullmatch(r"(?:[\s$,;&.*]|and|or|\\[()[\]])*", text[end:following]):
             break
         if content is None:
             return ", ".join(parts) if parts else None
-        if content not in parts:
-            parts.insert(0, content)
+        parts.insert(0, content)
         following = mark.start()
-    return ", ".join(parts)
+    return ", ".join({tidy(part): part for part in parts}.values())
 
 
 def _marked(text: str) -> Found | None:
@@ -108,48 +137,57 @@ def _marked(text: str) -> Found | None:
     if close < 0:
         return Found(None, "tags", "truncated: the answer tag is not closed")
     content = text[opened + len("<answer>") : close].strip()
-    inner = _phrase(content, remarks=True)
+    inner = _phrase(content)
     return inner if inner and inner.text else Found(content, "tags")
 
 
-def _phrase(text: str, remarks: bool) -> Found | None:
+def _phrase(text: str, numeric: bool = False, judgements: int = 3) -> Found | None:
     for mark in reversed(list(_PHRASE.finditer(text))[-10:]):
         rest = text[mark.end() :]
         if not rest.strip():
             return Found(None, "phrase", f"truncated: nothing after {mark.group().strip()!r}")
         display = re.match(r"\s*(?:\$\$|\\\[)(.+?)(?:\$\$|\\\])", rest, re.DOTALL)
         content = display[1] if display else _sentence(rest)
-        if re.search(r"[\d\\]", content) or _is_named(content.strip(" *_"), remarks):
+        if judgements and (_JUDGEMENT.match(content.lstrip("*_ ")) or (numeric and not _COUNTABLE.search(content))):
+            elsewhere = _without_judgement(text, mark, content, numeric, judgements - 1)
+            if elsewhere is not None:
+                return elsewhere
+        if re.search(r"[\d\\]", content) or len(content.split()) <= 4:
             return Found(content.strip(" *_"), "phrase")
     return None
 
 
-def _is_named(content: str, remarks: bool) -> bool:
-    """Whether a few words without numbers are an answer."""
-    return _OPTION.match(content) is not None or (len(content.split()) <= 4 and (remarks or not _REMARK.match(content)))
+def _without_judgement(text: str, mark: re.Match[str], content: str, numeric: bool, judgements: int) -> Found | None:
+    """The answer of a text without the judgement in it ("the answer of 61 is correct"); None where nothing else says one."""
+    start = mark.end() + text[mark.end() :].find(content)
+    about = _SUBJECT.sub("", mark.group()) if re.search(r"\d", mark.group()) else ""
+    rest = f"{_DETERMINER.sub('', text[: mark.start()])}{about}{text[start + len(content) :]}"
+    if not re.search(r"\w", rest):
+        return None
+    found = _phrase(rest, numeric, judgements) or _prose(rest)
+    number = last_number(tidy(found.text)) if numeric and found.form == "whole" and found.text else None
+    if number is not None:
+        return Found(number, "number")
+    return found if found and found.text and (found.form != "whole" or re.search(r"\d", found.text)) else None
 
 
 def _prose(text: str) -> Found:
+    """The answer of a text without any mark: a short one as it is, else its last formula, else its last number."""
     tail = text[-MAX_PROSE:]
     if len(text) <= 200 and "\n" not in text:
-        bare = without_wording(tidy(text)).strip("$ .")
+        plain = tidy(text)
+        bare = plain.strip("$ .")
         if parse_number(bare) or not _LONG_WORD.search(bare):
             return Found(text, "whole")
     maths = list(_MATH.finditer(tail))
+    while len(maths) > 1 and _CONDITION.fullmatch(tail, maths[-2].end(), maths[-1].start()):
+        tail = tail[: maths.pop().start()]
     if maths and last_number(tidy(tail[maths[-1].end() :])) is None:
         return Found(next(group for group in maths[-1].groups() if group), "math")
     number = last_number(tidy(tail))
     if number is not None:
-        return _expression_with(number, tidy(tail)) or Found(number, "number")
+        return Found(number, "number")
     return Found(text, "whole") if len(text) <= 100 else Found(None, "", "no answer found")
-
-
-def _expression_with(number: str, text: str) -> Found | None:
-    """The word of mathematics in which the last number of a tidied text stands, as in "we get 2\\sqrt{3}."; None where it stands alone."""
-    word = next((word for word in reversed(text.split()) if number in word), "").rstrip(".,;:!?")
-    is_mathematics = re.search(r"\\[a-zA-Z]{2}|\^|\)\(", word) and not _LONG_WORD.search(word)
-    balanced = all(word.count(left) == word.count(right) for left, right in ("()", "{}", "[]"))
-    return Found(word.strip("$"), "math") if is_mathematics and balanced else None
 
 
 def _sentence(text: str) -> str:

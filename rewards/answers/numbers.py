@@ -1,7 +1,6 @@
 """Numbers as people and models write them: thousands, currency, percent, units, fractions, mixed numbers, LaTeX, small number words.
 
-Everything is exact (`fractions.Fraction`) and linear in the length of the text. Integers and fractions are compared exactly, decimals by
-the digits that were written: 0.333333 is 1/3 and 0.33 is not, nor is 9.1e-31 any other number.
+Everything is exact (`fractions.Fraction`) and linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -9,14 +8,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 MAX_DIGITS = 400  # of one number; more is not read
 MAX_EXPONENT = 400  # of a power of ten in scientific notation
-ROUNDED_DIGITS = 6  # significant ones that a decimal needs to stand for a number that it rounds
-FLOAT_DIGITS = (16, 17)  # of a binary float written out, whose last ones are noise
-FLOAT_NOISE = Fraction(1, 10**14)
+ROUNDED = Fraction(1, 10**6)  # the last place of a decimal that may stand for the number which it rounds
+ROUNDED_DIGITS = 6  # and how many digits it must have after its zeros
 
 _SYMBOLS = {
     0x2010: "-", 0x2011: "-", 0x2013: "-", 0x2212: "-",  # hyphens, en dash, minus sign
@@ -31,10 +29,15 @@ _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\\boxed(?![a-zA-Z])", ""),
-        (r"\\(?:text|mathrm|mathit|mathbf|operatorname)\*?\s*\{\s*([ei])\s*\}", r"{\1}"),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])\.?", ""),
-        (r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname)\*?\s*\{([^{}]*)\}", r" \1 "),
+        (r"\\(?:text|textrm|textup|mathrm|mathit|mathbf|operatorname)\s*\{\s*([ei])\s*\}|\\(i)math(?![a-zA-Z])", r"{\1\2}"),
+        (r"\\(?:mathbf|mathrm|boldsymbol|bm|bold|pmb|textbf)(?=\s*\{[^{}]*\{)|\\(?:bf|bfseries|rm|it)(?![a-zA-Z])", " "),
+        (r"\{([^{}]*?)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (
+            r"\\(?:text(?:bf|it|rm|normal|up|sf)?|math(?:rm|bf|it|sf)|boldsymbol|bm|bold|pmb|emph|[mh]box|operatorname)\*?\s*\{([^{}]*)\}",
+            r" \1 ",
+        ),
         (r"(?<!\\)\\!", ""),
         (r"\{,\}|\\,(?=\d{3}(?!\d))(?<=\d\\,)", ","),
         (r"(?<!\\)\\[,!;:> ]|~|\\q?quad(?![a-zA-Z])|\\thinspace|\\allowbreak", " "),
@@ -60,10 +63,17 @@ _SCALES = {
 _UNIT_WORDS = (
     "mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer kilometre; in inch inches; ft foot feet; yd yard; "
     "mi mile; mg milligram; g gram; kg kilogram; lb pound; oz ounce; ml mL milliliter millilitre; l L liter litre; ms millisecond; "
-    "s sec second; min minute; h hr hour; day; week; month; year; $ dollar buck usd USD; cent; euro € EUR; £ GBP; ° deg degree; am a.m AM; "
-    "pm p.m PM; mph; kmh km/h"
+    "s sec second; min minute; h hr hour; day; week; month; year; $ dollar buck usd USD; cent; euro € EUR; £ GBP; ¥ CNY yuan; "
+    "° deg degree; am a.m AM; pm p.m PM; mph; kmh km/h"
 )
 _UNITS = {name: group.split()[0] for group in _UNIT_WORDS.split(";") for name in group.split()}
+_CHINESE_UNITS = {
+    "毫米": "mm", "厘米": "cm", "米": "m", "千米": "km", "公里": "km", "克": "g", "千克": "kg", "公斤": "kg", "毫升": "ml", "升": "l",
+    "秒": "s", "分钟": "min", "小时": "h", "天": "day", "周": "week", "月": "month", "年": "year", "元": "yuan", "美元": "dollar",
+    "美分": "cent", "欧元": "euro", "度": "degree", "平方厘米": "cm^2", "平方米": "m^2", "立方厘米": "cm^3", "立方米": "m^3",
+}  # fmt: skip
+_CHINESE_SCALES = {"百万": 10**6, "千万": 10**7, "万": 10**4, "亿": 10**8}
+_CHINESE_END = re.compile(r"(?<=[\d}%)])\s*(百万|千万|万|亿)?([\u4e00-\u9fff]{0,6})$")
 _NOT_UNITS = re.compile(
     r"\b(?:or|and|pi|sqrt|sin|cos|tan|log|ln|exp|infty|inf|infinity|over|divided|times|plus|minus|choose|to|mod)\b", re.IGNORECASE
 )
@@ -87,26 +97,26 @@ _TOKEN = re.compile(
     re.IGNORECASE,
 )
 _UNIT = re.compile(r"[A-Za-z°$€£.\-'()/]+(?:\^?\{?[23]\}?)?(?:[\s/]+[A-Za-z°.\-'()]+(?:\^?\{?[23]\}?)?){0,7}")
+_SQUARED = re.compile(r"(?<=[a-zA-Z])\^\{?[23]\}?(?![\d\w])")  # of a unit
 _WORDS = {
     "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11,
     "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16, "seventeen": 17, "eighteen": 18, "nineteen": 19,
     "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
 }  # fmt: skip
-_WORD = re.compile(rf"\b({'|'.join(_WORDS)})(?:[-\s]({'|'.join(list(_WORDS)[1:10])}))?\b", re.IGNORECASE)
+NUMBER_WORD = re.compile(rf"\b({'|'.join(_WORDS)})(?:[-\s]({'|'.join(list(_WORDS)[1:10])}))?\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Number:
     """A number with what was written beside it: `value` times `scale` (1/100 for percent, 10**6 for million) in `unit`.
 
-    Of a decimal, `step` is the worth of the last digit that was written and `digits` counts the significant ones; 0 of what is exact.
+    `place` is the worth of the last digit of a decimal (1/100 for 0.25, times no scale) and None for all other numbers.
     """
 
     value: Fraction
     scale: Fraction = Fraction(1)
     unit: str = ""
-    step: Fraction = Fraction(0)
-    digits: int = 0
+    place: Fraction | None = field(default=None, repr=False)
 
 
 def tidy(text: str) -> str:
@@ -130,9 +140,9 @@ def parse_number(text: str) -> Number | None:
 
     Example:
         >>> parse_number("$1,234.50 per week")
-        Number(value=Fraction(2469, 2), scale=Fraction(1, 1), unit='$', step=Fraction(1, 100), digits=6)
+        Number(value=Fraction(2469, 2), scale=Fraction(1, 1), unit='$')
     """
-    text = text.strip().removesuffix(".").strip()
+    text = _latin_unit(text.strip().removesuffix(".").strip())
     while len(text) > 1 and text[0] + text[-1] in ("()", "{}", "$$") and "," not in text:
         text = text[1:-1].strip()
     if not any(character.isdigit() for character in text[:200]):
@@ -147,32 +157,31 @@ def parse_number(text: str) -> Number | None:
     negative = found["sign"].strip().lower() in ("-", "minus", "negative") or found["inner"] == "-"
     scale, unit = scaled
     currency = found["currency"].lstrip("\\")
-    unit = _UNITS.get(currency, currency) if currency else unit
-    return Number(-value if negative else value, scale, unit, *_precision(found["magnitude"]))
+    return Number(-value if negative else value, scale, _UNITS.get(currency, currency) if currency else unit, _place(found["magnitude"]))
 
 
 def same_number(a: Number, b: Number) -> bool:
-    """Whether two numbers are equal: integers and fractions exactly, decimals by the digits that were written.
+    """Whether two numbers are equal: exactly, or one is a decimal of six digits or more that rounds or cuts the other in its last digit.
 
     A percent sign or a scale word may be missing on one side (50% is 50 and 0.5; 0.5 is not 50). Units count only when both sides have
     one that is known.
     """
     if a.unit != b.unit and _known(a.unit) and _known(b.unit):
         return False
-    if _same(a, b, a.scale, b.scale):
+    if _close(a, b, a.scale, b.scale):
         return True
-    return (a.scale == 1) != (b.scale == 1) and _same(a, b)
+    return (a.scale == 1) != (b.scale == 1) and _close(a, b, Fraction(1), Fraction(1))
 
 
 def last_number(text: str) -> str | None:
     """The last number of a tidied prose text as it is written there, a time, ratio or date as one; None without any."""
-    found = deque(_TOKEN.finditer(text), maxlen=1)
+    found = deque(_TOKEN.finditer(_SQUARED.sub("", text) if "^" in text else text), maxlen=1)
     return _written(found[0]) if found else None
 
 
 def first_number(text: str) -> str | None:
     """The first number of a tidied prose text as it is written there; None without any."""
-    found = _TOKEN.search(text)
+    found = _TOKEN.search(_SQUARED.sub("", text) if "^" in text else text)
     return _written(found) if found else None
 
 
@@ -180,30 +189,31 @@ def _written(found: re.Match[str]) -> str:
     return found.group().strip().rstrip(".")
 
 
-def _same(a: Number, b: Number, scale_a: Fraction = Fraction(1), scale_b: Fraction = Fraction(1)) -> bool:
-    """Whether two numbers are equal, or one is a decimal of enough digits that rounds or cuts off the other."""
-    left, right = (a.value * scale_a, a.step * scale_a, a.digits), (b.value * scale_b, b.step * scale_b, b.digits)
-    if left[0] == right[0]:
+def _close(a: Number, b: Number, scale_a: Fraction, scale_b: Fraction) -> bool:
+    if a.value * scale_a == b.value * scale_b:
         return True
-    (value, _, digits), (decimal, step, decimal_digits) = sorted((left, right), key=lambda side: side[1])
-    if not step or (digits and digits < ROUNDED_DIGITS):
-        return False
-    difference = abs(value - decimal)
-    if sum(FLOAT_DIGITS[0] <= count <= FLOAT_DIGITS[1] for count in (digits, decimal_digits)) == 1:
-        return difference <= FLOAT_NOISE * max(abs(value), abs(decimal))
-    cut_off = abs(decimal) < abs(value) and difference < step
-    return decimal_digits >= ROUNDED_DIGITS and (difference <= step / 2 or cut_off)
+    decimals = [
+        (place * scale, number.value * scale, other.value * other_scale)
+        for number, place, scale, other, other_scale in ((a, a.place, scale_a, b, scale_b), (b, b.place, scale_b, a, scale_a))
+        if place
+    ]
+    return bool(decimals) and _rounds(*max(decimals))  # of two decimals only the shorter one can be the other's rounding
 
 
-def _precision(magnitude: str) -> tuple[Fraction, int]:
-    """(worth of the last digit, number of significant digits) of a decimal; zeros for anything else."""
-    found = re.fullmatch(rf"({_DECIMAL})({_POWER}?)", magnitude)
-    if found is None or ("." not in found[1] and not found[2]):
-        return Fraction(0), 0
-    digits = re.sub(r"[,\s]", "", found[1])
+def _rounds(place: Fraction, decimal: Fraction, exact: Fraction) -> bool:
+    """Whether `decimal`, whose last digit is worth `place`, is `exact` rounded or cut there."""
+    error = abs(exact) - abs(decimal)
+    long_enough = place <= ROUNDED and abs(decimal) >= place * 10 ** (ROUNDED_DIGITS - 1)
+    return long_enough and decimal * exact > 0 and -place / 2 <= error < place
+
+
+def _place(text: str) -> Fraction | None:
+    """What the last digit of a decimal such as 1.6e-19 is worth; None for other numbers."""
+    found = re.fullmatch(rf"(?:\d[\d, ]*)?\.(\d+)({_POWER}?)", text)
+    if found is None:
+        return None
     exponent = re.search(r"[-+]?\d+\s*\}?$", found[2])
-    power = (int(exponent.group().strip(" }")) if exponent else 0) - len(digits.partition(".")[2])
-    return Fraction(10) ** power, len(digits.replace(".", "").lstrip("0"))
+    return Fraction(10) ** ((int(exponent.group().strip(" }")) if exponent else 0) - len(found[1]))
 
 
 def _magnitude(text: str) -> Fraction | None:
@@ -257,13 +267,24 @@ def _scale_and_unit(rest: str) -> tuple[Fraction, str] | None:
     return None if glued or unknown else (scale, known + caret + power if known else text)
 
 
+def _latin_unit(text: str) -> str:
+    """A number with a Chinese scale or unit (3万元, 5厘米, 61个) with those of English; an unknown counter is left out."""
+    if not text or not "\u4e00" <= text[-1] <= "\u9fff":
+        return text
+    found = _CHINESE_END.search(text)
+    if found is None:
+        return text
+    scale = rf"\times 10^{{{len(str(_CHINESE_SCALES[found[1]])) - 1}}}" if found[1] else ""
+    return f"{text[: found.start()]}{scale} {_CHINESE_UNITS.get(found[2], '')}".strip()
+
+
 def _known(unit: str) -> bool:
     return unit.partition("^")[0] in _UNITS
 
 
 def _digits_for_words(text: str) -> str:
-    found = _WORD.findall(text)
+    found = NUMBER_WORD.findall(text)
     if len(found) != 1:
         return text
     tens, ones = found[0]
-    return _WORD.sub(str(_WORDS[tens.lower()] + _WORDS[ones.lower() or "zero"]), text)
+    return NUMBER_WORD.sub(str(_WORDS[tens.lower()] + _WORDS[ones.lower() or "zero"]), text)

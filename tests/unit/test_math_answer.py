@@ -1,6 +1,8 @@
 r"""The mathematics verifier: labelled pairs, the GSM8K files, hostile input, threads.
 
-`RIGHT` and `WRONG` hold (gold, completion); the verdicts follow from the mathematics and are written by hand.
+`RIGHT` and `WRONG` hold (gold, completion), `math_pairs.jsonl` labelled rows of the kinds that graders get wrong (emphasis, boxes in boxes,
+"the answer is correct", large powers, other forms of an equation, upright letters, variables under roots, letters in prose, qualifiers,
+intervals in words, Chinese, decimals beside exact values); the verdicts follow from the mathematics and are written by hand.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import json
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from data_files import DATA, needs_data
@@ -19,6 +22,7 @@ from rewards.answers.symbolic import refusal
 LARGEST_DISAGREEMENT = 0.01
 
 GRADE = load_grader({"name": "math_answer"})
+KINDS = [json.loads(line) for line in Path(__file__).with_name("math_pairs.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
 def graded(completion, gold):
@@ -282,6 +286,23 @@ UNPARSED = [
     ("18", "\\boxed{\\frac{}{}}"),
     ("18", "one hundred and eighteen"),
 ]
+
+
+@pytest.mark.parametrize("row", KINDS, ids=lambda row: f"{row['answer']}-{row['completion']}")
+def test_kinds_that_graders_get_wrong(row):
+    result = graded(row["completion"], row["answer"])
+    assert (result.value == 1.0) == row["label"], result.detail
+
+
+@needs_data("../cases")
+def test_every_labelled_case():
+    rows = [
+        (path.name, json.loads(line))
+        for path in sorted((DATA.parent / "cases").glob("math_*.jsonl"))
+        for line in path.open(encoding="utf-8")
+    ]
+    wrong = [(name, row) for name, row in rows if (graded(row["completion"], row["answer"]).value == 1.0) != row["label"]]
+    assert rows and not wrong
 
 
 def test_there_are_enough_pairs_and_none_twice():
