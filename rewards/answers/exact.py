@@ -194,6 +194,7 @@ class _Bound:
         return max(part[0] + lower - part[1] for part in parts) + math.log2(len(parts)), lower
 
     def _size(self, node: Any) -> tuple[float, float]:
+        """log2 of u and l by the rules of the bound for roots, by generous ones for all other functions."""
         kind = type(node).__name__
         rational = _leaf(node, self.values)
         if rational is not None:
@@ -232,6 +233,7 @@ class _Bound:
         raise NotCovered(kind)
 
     def _power(self, base: Any, exponent: Any) -> tuple[float, float]:
+        """The size of a power; the root of a rational exponent is counted in the degree, any other exponent is transcendental."""
         power = _rational(exponent, self.values)
         if power is None or type(base).__name__ == "Exp1":
             self.algebraic = False
@@ -273,6 +275,7 @@ class _Evaluation:
         return number
 
     def _value(self, node: Any) -> Any:
+        """As `value`, without the check; `_Bound.size` has refused what is not known here."""
         kind, context = type(node).__name__, self.context
         rational = _leaf(node, self.values)
         if rational is not None:
