@@ -46,6 +46,7 @@ Row = tuple[str, str, bool]
 
 
 def main() -> None:
+    """Prints the table, or with --json the counts and the first wrong verdicts of each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--pairs", type=int, default=5000)

@@ -194,12 +194,7 @@ class _Bound:
         return max(part[0] + lower - part[1] for part in parts) + math.log2(len(parts)), lower
 
     def _size(self, node: Any) -> tuple[float, float]:
-        """`size` of an expression that was not met before.
-
-        Raises:
-            NotCovered: it has a function of which no bound is known.
-            TooLarge: its values could not be written out.
-        """
+        """log2 of u and l by the rules of the bound for roots, by generous ones for all other functions."""
         kind = type(node).__name__
         rational = _leaf(node, self.values)
         if rational is not None:
@@ -238,11 +233,7 @@ class _Bound:
         raise NotCovered(kind)
 
     def _power(self, base: Any, exponent: Any) -> tuple[float, float]:
-        """The size of a power; with an exponent that is no rational number it is no algebraic one.
-
-        Raises:
-            TooLarge: its value could not be written out.
-        """
+        """The size of a power; the root of a rational exponent is counted in the degree, any other exponent is transcendental."""
         power = _rational(exponent, self.values)
         if power is None or type(base).__name__ == "Exp1":
             self.algebraic = False
@@ -284,7 +275,7 @@ class _Evaluation:
         return number
 
     def _value(self, node: Any) -> Any:
-        """`value`, which may be complex."""
+        """As `value`, without the check; `_Bound.size` has refused what is not known here."""
         kind, context = type(node).__name__, self.context
         rational = _leaf(node, self.values)
         if rational is not None:

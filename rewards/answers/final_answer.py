@@ -172,7 +172,7 @@ def _without_judgement(text: str, mark: re.Match[str], content: str, numeric: bo
 
 
 def _prose(text: str) -> Found:
-    """The answer of a text without any mark: a short one as it is, else its last formula, else its last number."""
+    """The answer of a text without any mark: a short text as it is, else its last formula or number."""
     tail = text[-MAX_PROSE:]
     if len(text) <= 200 and "\n" not in text:
         plain = tidy(text)

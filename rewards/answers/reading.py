@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from rewards.answers.final_answer import MAX_ANSWER, plain_text
 from rewards.answers.numbers import Number, parse_number, tidy
@@ -13,6 +14,7 @@ from rewards.answers.words import in_symbols, without_qualifier
 MAX_DEPTH = 7  # of brackets
 MAX_PARTS = 50  # elements of a list
 
+_INTEGER = re.compile(r"\s*(-?[0-9]{1,18})\s*")
 _NAME = re.compile(
     r"\(?(\\?[a-zA-Z](?:_(?:\w|\{\w+\}))?'?(?:\([a-zA-Z](?:,\s*[a-z])*\))?|\\[a-z]+(?:_(?:\w|\{\w+\}))?|m?\s*\\angle\s*[A-Z]+|[A-Z]{2,3}"
     r"|\([a-z](?:,\s*[a-z])+\))\s*(?::?=|\\in(?![a-z]))\s*(?!=)(.+)",
@@ -56,6 +58,8 @@ def read(text: str, words: bool = True) -> Answer:
     """
     if len(text) > MAX_ANSWER:
         raise Unreadable(f"longer than {MAX_ANSWER} characters")
+    if integer := _INTEGER.fullmatch(text):  # most answers of grade-school mathematics
+        return Answer(integer[1], Number(Fraction(int(integer[1]))))
     plain = bare(tidy(plain_text(text)))
     if not re.search(r"[\w°]|\\[a-z]", plain):
         raise Unreadable("empty")
