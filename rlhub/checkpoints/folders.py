@@ -84,12 +84,16 @@ def empty_network(config: dict[str, Any], where: str = CONFIG) -> Decoder:
     family = family_of(config)
     try:
         with torch.device("meta"), _NoDraws():
-            return family.build(family.Config.from_published(config))
+            network: Decoder = family.build(family.Config.from_published(config))
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{where} makes no network ({type(error).__name__}: {reason}); restore it from the download") from None
+    for name, number in (("mask_token_id", network.mask_id), ("eos_token_id", network.eos_id)):
+        if not 0 <= number < network.shape.num_embeddings:
+            raise CheckpointError(f"{where} has {name}={number}, outside its vocabulary of {network.shape.num_embeddings} tokens")
+    return network
 
 
 def read_json(path: Path, meaning: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rlhub.checkpoints.folders import CONFIG, empty_network, published_config
 from rlhub.errors import CheckpointError, DataError
 from rlhub.tasks._vocabulary import SPECIAL_TOKENS
 from rlhub.types import Prompt
+
+log = logging.getLogger("rlhub")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,10 +36,40 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     elif (Path(path) / "vocab.json").exists() and (Path(path) / "merges.txt").exists():  # Dream and SDAR
         loader, options = Qwen2Tokenizer, {}
     try:
-        return loader.from_pretrained(path, **options)
+        tokenizer = loader.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"no tokenizer in {path}: save one there with the checkpoint, e.g. tokenizer.json ({reason})") from error
+    if (Path(path) / CONFIG).exists():
+        _follow_config(tokenizer, Path(path))
+    return tokenizer
+
+
+def _follow_config(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Give a tokenizer the mask, EOS and padding that the model has: published tokenizers name other ones, or none (LLaDA's mask).
+
+    Raises:
+        CheckpointError: the model's mask is no token of the tokenizer.
+    """
+    profile = empty_network(published_config(folder), str(folder / CONFIG)).profile
+    for name, number in (("mask", profile.mask_id), ("eos", profile.eos_id), ("pad", profile.pad_id)):
+        own = getattr(tokenizer, f"{name}_token_id")
+        token = tokenizer.convert_ids_to_tokens(number) if 0 <= number < len(tokenizer) else None
+        if own == number:
+            continue
+        if token is None:
+            if name == "mask":
+                raise CheckpointError(
+                    f"{folder}: the model's mask is token {number}, the tokenizer has {len(tokenizer)}; use the model's own"
+                )
+            continue
+        if own is not None:
+            shown = f"{getattr(tokenizer, f'{name}_token')} ({own})"
+            log.warning(
+                "%s: the %s token is %s (%d) as config.json says; the tokenizer's %s is not used", folder, name, token, number, shown
+            )
+        if own is None or name != "pad":  # nothing of ours pads by the tokenizer
+            setattr(tokenizer, f"{name}_token", token)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]) -> list[np.ndarray]:

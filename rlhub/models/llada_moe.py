@@ -61,8 +61,6 @@ class Config(Llama):
         "moe_router_enable_expert_bias": None,
         "norm_topk_prob": None,
         "routed_scaling_factor": 1,
-        "router_num_group": None,
-        "router_topk_group": None,
         "shared_expert_intermediate_size": None,
     }
 

@@ -109,7 +109,8 @@ def test_a_published_tokenizer_and_its_chat_template_come_back_unchanged(model, 
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(DATA / "tokenizers" / "qwen2" / name, source)
     tokenizer = load_tokenizer(str(source))
-    network = build(Config(d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=16, vocab_size=16))
+    ids = {"mask_token_id": tokenizer.mask_token_id, "eos_token_id": tokenizer.eos_token_id}
+    network = build(Config(d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=16, vocab_size=len(tokenizer), **ids))
     save_network(network, tmp_path / "out", tokenizer)
     again = load_tokenizer(str(tmp_path / "out"))
     texts = ["Wie geht's?  12,5 % of 3*x\n\tdef f(x):", "数独 4x4 <|im_start|>user<|im_end|>", tokenizer.mask_token or "<|mask|>"]

@@ -16,10 +16,11 @@ from rlhub.algorithm.health import rollout_metrics
 from rlhub.algorithm.pairs import encode
 from rlhub.api import demonstrations, load_model
 from rlhub.checkpoints.folders import stop_ids_of
-from rlhub.checkpoints.tokenizers import answer_end
+from rlhub.checkpoints.tokenizers import answer_end, load_tokenizer
 from rlhub.checkpoints.weights import load_network, save_network
 from rlhub.config.schema import SamplerConfig
 from rlhub.engines.torch_engine import Engine
+from rlhub.errors import CheckpointError
 from rlhub.models import dream, illada, llada, llada2, llada_moe, sdar
 from rlhub.noise import Noise
 from rlhub.oracle.generation import generate
@@ -104,3 +105,32 @@ def test_ids_of_turns_are_read_from_either_file_and_only_those_of_the_vocabulary
     tokens = {"99": {"content": "<|im_end|>"}, "13": {"content": "<|role_end|>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": tokens}))
     assert stop_ids_of(tmp_path) == (EOS, 13)
+
+
+def test_a_tokenizer_follows_the_config_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """LLaDA's published tokenizer names no mask; here it also names another EOS than the model has."""
+    network = llada.build(llada.Config.from_published({**llada.TINY, "vocab_size": 16, "mask_token_id": 13, "eos_token_id": EOS}))
+    own = tokenizer()
+    save_network(network.initialize(torch.Generator().manual_seed(1)), tmp_path, own)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "mask_token": None, "eos_token": "5"}))
+    loaded = load_tokenizer(str(tmp_path))
+    assert (loaded.mask_token_id, loaded.eos_token_id) == (13, EOS)
+    assert [record.getMessage() for record in caplog.records if record.name == "rlhub"] == [
+        f"{tmp_path}: the eos token is [EOS] (1) as config.json says; the tokenizer's 5 (7) is not used"
+    ]
+
+
+@pytest.mark.parametrize("name", ["mask_token_id", "eos_token_id"])
+def test_an_id_outside_the_vocabulary_is_told_at_load(tmp_path: Path, name: str) -> None:
+    network = llada.build(llada.Config.from_published({**llada.TINY, "vocab_size": 16, "mask_token_id": 0, "eos_token_id": 1}))
+    save_network(network.initialize(torch.Generator().manual_seed(1)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, name: 99}))
+    with pytest.raises(CheckpointError, match=rf"{name}=99, outside its vocabulary of \d+ tokens"):
+        load_network(tmp_path)
+
+
+def test_null_leaves_a_field_to_its_default_and_unused_fields_are_ignored() -> None:
+    published = {**llada_moe.TINY, "moe_router_score_function": None, "router_num_group": -2, "router_topk_group": -2, "rope_theta": None}
+    assert llada_moe.Config.from_published(published) == llada_moe.Config.from_published(llada_moe.TINY)
