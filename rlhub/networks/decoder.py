@@ -66,8 +66,7 @@ class Published:
             if given is not None and given != value and (given or value):
                 raise CheckpointError(f"{name} config has {key}={given!r}; only {value!r} is supported")
         types = get_type_hints(cls)
-        # null leaves a field to its default, as in the published modelling code.
-        known = {field.name: types[field.name] for field in fields(cls) if config.get(field.name) is not None}
+        known = {field.name: types[field.name] for field in fields(cls) if field.name in config}
         for key, kind in known.items():
             if not isinstance(config[key], int | float if kind is float else kind):
                 raise CheckpointError(f"{name} config has {key}={config[key]!r}; expected {getattr(kind, '__name__', kind)}")
