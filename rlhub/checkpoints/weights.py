@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhub.checkpoints.folders import CONFIG, empty_network, family_of, is_adapter_folder, published_config, published_form, with_turn_ends
+from rlhub.checkpoints.origin import Origin
 from rlhub.checkpoints.tensors import FLOATS, INDEX, WEIGHTS, WHOLE, StoredTensor, stored_tensors
 from rlhub.errors import CheckpointError
 from rlhub.networks.decoder import Decoder
@@ -69,7 +70,9 @@ def load_network(
         return merge_adapters(network) if merge_adapter else network
     if not path.is_dir():
         raise CheckpointError(f"no model folder {path}; give a folder with config.json and model.safetensors")
-    network = empty_network(published_config(path), str(path / CONFIG))
+    config = published_config(path)
+    network = empty_network(config, str(path / CONFIG))
+    network.origin = Origin(path, config)
     stored = stored_tensors(path)
     places = check_fit(network, stored, path)
     _materialize(network, stored, places, dtype, device)
@@ -140,8 +143,9 @@ def save_network(
 ) -> None:
     """Write a model folder: config.json, safetensors in shards of at most `max_shard_bytes`, and the tokenizer's files.
 
-    A network with adapters is written as the adapter alone, in PEFT's layout. Tied weights are written once. What was in the folder
-    stays until everything is written, and config.json goes first and comes last: an interrupted replacement cannot be loaded by mistake.
+    What else the folder had that the network was loaded from is kept: see `Origin`. A network with adapters is written as the adapter
+    alone, in PEFT's layout. Tied weights are written once. What was in the folder stays until everything is written, and config.json
+    goes first and comes last: an interrupted replacement cannot be loaded by mistake.
 
     Args:
         dtype: of the parameters in the files; None keeps theirs. Buffers are written as they are.
@@ -156,6 +160,8 @@ def save_network(
             save_adapter(network, written)
         else:
             _write_weights(network, written, dtype, max_shard_bytes)
+            if origin := _origin(network):
+                origin.copy_files(written)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
         (path / CONFIG).unlink(missing_ok=True)
@@ -165,6 +171,10 @@ def save_network(
             if (path / entry.name).is_dir():
                 shutil.rmtree(path / entry.name)
             os.replace(entry, path / entry.name)
+
+
+def _origin(network: nn.Module) -> Origin | None:
+    return getattr(network, "origin", None)
 
 
 def _repeated(network: nn.Module) -> dict[str, str]:
@@ -274,7 +284,11 @@ def _write_weights(network: nn.Module, folder: Path, dtype: torch.dtype | None, 
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     precision = str(stored[next(iter(parts))]).removeprefix("torch.")
-    (folder / CONFIG).write_text(json.dumps(published_form(network.config) | {"torch_dtype": precision}, indent=2) + "\n")
+    config = published_form(network.config)
+    if origin := _origin(network):
+        config = origin.complete(config, getattr(network.config, "FIXED", {}))
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    (folder / CONFIG).write_text(json.dumps(config | {key: precision}, indent=2) + "\n")
 
 
 @contextmanager

@@ -224,7 +224,8 @@ def _with_absolute_files(key: str, value: Any, folder: Path) -> Any:
 def _absolute_path(path: str, folder: Path) -> str:
     """What exists from the recipe's folder, else from the current one, as an absolute path; anything else as it is, as a hub's name."""
     places = [Path(os.path.abspath(base / Path(path).expanduser())) for base in (folder, Path.cwd())]
-    return str(next((place for place in places if path and place.exists()), path))
+    found = next((str(place) for place in places if path and place.exists()), None)
+    return path if found is None else found + "/" * path.endswith("/")  # which says that a folder is meant
 
 
 def _drop_replaced_options(values: dict[str, Any], layer: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from rlhub.networks.cache import CacheView, KeyValueCache
 from rlhub.networks.layers import RMSNorm, enough_rows, rotary_tables, rotate, whole_vectors
 from rlhub.networks.profile import Profile
 from rlhub.types import Layout
+
+if TYPE_CHECKING:
+    from rlhub.checkpoints.origin import Origin
 
 # ------------------------------------------------------------------------------------------------------------------- config
 
@@ -293,6 +296,7 @@ class Decoder(nn.Module):
     """
 
     attention = "sdpa"
+    origin: Origin | None = None  # set by what loads it from a folder
 
     def __init__(
         self,

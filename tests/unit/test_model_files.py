@@ -15,7 +15,10 @@ from click.testing import CliRunner
 from data_files import DATA, needs_data
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoConfig
 
+from rlhub.checkpoints.adapters import write_fresh_adapter
+from rlhub.checkpoints.export import export
 from rlhub.checkpoints.folders import empty_network
 from rlhub.checkpoints.tensors import INDEX, stored_tensors
 from rlhub.checkpoints.weights import load_network, published_places, save_network
@@ -284,3 +287,61 @@ def test_every_published_tensor_has_its_place(model):
     size = sum(2 * parameter.numel() for parameter in network.parameters())
     buffers = [sum(width * buffer.numel() for buffer in network.buffers()) for width in (2, 4)]
     assert index["metadata"]["total_size"] in [size + extra for extra in buffers]
+
+
+PUBLISHED_SIZES = {  # fields of the published config.json files that make the network tiny
+    "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 48, "vocab_size": 64, "embedding_size": 64,
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+    "rotary_dim": 4, "mask_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "bos_token_id": 1,
+}  # fmt: skip
+
+
+def published_folder(folder: Path, config: dict, generation: dict) -> Path:
+    """A random model with this config.json as it stands, modelling code and generation settings beside it."""
+    network = empty_network(config).to_empty(device="cpu").initialize(torch.Generator().manual_seed(1))
+    for buffer in network.buffers():
+        buffer.zero_()
+    save_network(network, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    module = config["auto_map"]["AutoConfig"].partition(".")[0]
+    kind = config["auto_map"]["AutoConfig"].rpartition(".")[2]
+    code = f"class {kind}(PretrainedConfig):\n    model_type = {config['model_type']!r}\n"
+    (folder / f"{module}.py").write_text(f"from transformers import PretrainedConfig\n\n\n{code}")
+    return folder
+
+
+@needs_data("checkpoints")
+@pytest.mark.parametrize("name", ["LLaDA-8B-Instruct", "Dream-v0-Instruct-7B", "LLaDA2.0-mini", "LLaDA2.1-mini", "SDAR-4B-Chat"])
+def test_an_exported_model_keeps_what_its_base_had_and_loads_elsewhere(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the base to a checkpoint, from that to the exported folder after the base is gone, and once more."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    source = DATA / "checkpoints" / name
+    config = json.loads((source / "config.json").read_text())
+    config |= {key: value for key, value in PUBLISHED_SIZES.items() if key in config}
+    config |= {"mask_token_id": 0, "eos_token_id": 1}
+    generation = json.loads((source / "generation_config.json").read_text())
+    base = published_folder(tmp_path / "base", config, generation)
+    save_network(load_network(base), tmp_path / "checkpoint" / "hf")
+    shutil.rmtree(base)
+    out = export(tmp_path / "checkpoint" / "hf", tmp_path / "out")
+    save_network(load_network(out), tmp_path / "again")
+    for folder in (out, tmp_path / "again"):
+        written = json.loads((folder / "config.json").read_text())
+        precision = {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
+        assert {key: written[key] for key in config} == config | precision
+        assert json.loads((folder / "generation_config.json").read_text()) == generation
+        loaded = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        assert (type(loaded).__name__, loaded.mask_token_id) == (config["auto_map"]["AutoConfig"].rpartition(".")[2], 0)
+
+
+def test_a_merged_adapter_keeps_what_the_base_had(tmp_path: Path) -> None:
+    config = {**load_part("models", "llada").TINY, "architectures": ["LLaDAModelLM"], "model_type": "llada", "vocab_size": 64}
+    config |= {"auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig"}, "precision": "amp_bf16"}
+    base = published_folder(tmp_path / "base", config, {"temperature": 0.5})
+    write_fresh_adapter(base, tmp_path / "adapter", 2, 4.0, "auto", torch.Generator().manual_seed(1))
+    out = export(tmp_path / "adapter", tmp_path / "out")
+    assert json.loads((out / "config.json").read_text()).items() >= config.items()
+    assert (out / "configuration_llada.py").is_file() and json.loads((out / "generation_config.json").read_text()) == {"temperature": 0.5}
