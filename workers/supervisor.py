@@ -75,7 +75,7 @@ class Pool(Generic[W]):
     refresh: Callable[[Handle[W]], None] = lambda handle: None
     deadline: float | None = None
     attempts: int = 3
-    patience: float = 120.0
+    patience: float = 300.0
     num_lost: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
