@@ -5,8 +5,8 @@ is Python. One that fails, crashes, floods or exceeds its time was graded: statu
 completion without a program is `unparsed`; a row whose tests cannot be run is `rejected` with the reason. A sandbox that cannot run raises.
 
 Columns: the tests, in any of the forms of `rewards.answers.program_tests` (HumanEval, MBPP, AceCode, pairs of input and output, APPS,
-TACO), and `prompt` where a completion may continue its source. Standard output is compared line by line up to white space at the ends,
-numbers with a point up to `tolerance`.
+TACO), and `prompt` where a completion may continue its source. Standard output is compared line by line up to white space, numbers with a
+point up to `tolerance`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Config:
     """`partial`: the share of the tests that pass, instead of 1.0 for all and 0 otherwise.
 
     `deadline_seconds` is for all tests of one program together. `sandbox`: strong, or weak for a machine that cannot do better, see
-    docs/sandbox.md. `tolerance`: relative, of numbers with a point in standard output, absolute below 1.
+    docs/sandbox.md. `tolerance`: relative, of numbers with a point in standard output and in values of calls, absolute below 1.
     """
 
     partial: bool = False

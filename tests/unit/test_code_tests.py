@@ -13,7 +13,8 @@ from data_files import DATA, needs_data
 from sandbox_makers import maker  # noqa: F401
 
 from rewards import load_grader
-from rewards.answers.programs import blocks, find_program
+from rewards.answers.blocks import blocks
+from rewards.answers.programs import find_program
 from rewards.sandbox.inside.values import decode, encode
 
 HUMANEVAL = DATA / "humaneval" / "HumanEval.jsonl.gz"
@@ -150,7 +151,7 @@ def test_errors_cross_as_their_built_in_kind():
         ({"answer": 1}, "needs a column test, test_list, test_cases, tests or input_output"),
         ({"test": "def check(c): pass"}, "entry_point"),
         ({**ADD, "test": "def check(candidate) assert"}, "the tests cannot be run: SyntaxError"),
-        ({**ADD, "test": "x = 1"}, "the tests cannot be run: KeyError"),
+        ({**ADD, "test": "x = 1"}, "neither JSON nor assert statements"),
         ({**ADD, "test": "def check(candidate):\n    assert candidate(print, 1) == 2"}, "pass a builtin_function_or_method"),
         ({"tests": []}, "is empty"),
         ({"test_list": ["assert 1 == 1"]}, "call nothing of the program"),

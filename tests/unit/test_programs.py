@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 from sandbox_makers import maker  # noqa: F401
 
 from rewards import load_grader
+from rewards.answers.programs import find_program
 
 GRADE = load_grader({"name": "code_tests", "deadline_seconds": 10.0})
 TOTAL: dict[str, Any] = {
@@ -122,6 +124,86 @@ RIGHT: list[tuple[dict[str, Any], str]] = [
     ),
 ]
 
+LISTED = "".join(f"  {line}\n" for line in PROGRAM.splitlines())
+QUOTED = "".join(f"> {line}\n" for line in PROGRAM.splitlines())
+RIGHT += [
+    (TOTAL, completion)
+    for completion in (
+        f"Sure! ```python\n{PROGRAM}``` Done.",
+        f"- ```python\n{LISTED}  ```\n",
+        f"> ```python\n{QUOTED}> ```\n",
+        f"```python\n{PROGRAM.rstrip()}```",
+        "```python import math\n" + PROGRAM.partition("\n")[2] + "```",
+        f"````markdown\nSo:\n```python\n{PROGRAM}```\n````",
+        f"<answer>```python\n{PROGRAM}```</answer>",
+        f"Solution\n```\n{PROGRAM}```\n",
+        f"`total` is ```python\n{PROGRAM}```",
+        f"```python\n\ufeff{PROGRAM}```",
+        f'```python\n{PROGRAM}def other():\n    """\n    ```\n    total([1])\n    ```\n    """\n```',
+        f"```python\n{PROGRAM}```\n```python\nfrom solution import total\nprint(total([4]))\n```",
+        f"```python\n{PROGRAM}```\nThe signature:\n```python\ndef total(xs):\n    ...\n```",
+        f"```python\n{PROGRAM}```\n```python\n>>> total([4])\n2\n```",
+        f"```python\n{PROGRAM}exit()\n```",
+        f"```python\n{PROGRAM}raise SystemExit(0)\n```",
+        f"{PROGRAM}\nDone",
+        "The sum is ```total = lambda xs: sum(int(x**.5) for x in xs)```.",
+        "    import math\n    return sum(math.isqrt(x) for x in xs)\n```\nExplanation",
+        "  s = 0\n  for x in xs:\n    s += int(x**.5)\n  return s",
+        "if not xs:\n        return 0\n    return int(xs[0]**.5) + total(xs[1:])",
+        "```python\ntry:\n        return sum(int(x**.5) for x in xs)\n    except TypeError:\n        return 0\n```",
+        "def root(x):\n        return int(x**.5)\n    return sum(root(x) for x in xs)\n\nThat is all.",
+    )
+]
+RIGHT += [
+    ({**TOTAL, "prompt": None}, f"```python\n{PROGRAM}```"),
+    (
+        {**TOTAL, "prompt": [{"role": "user", "content": [{"type": "text", "text": TOTAL["prompt"]}]}]},
+        "    return sum(int(x**.5) for x in xs)",
+    ),
+    (SUM, f"```python\nimport sys\n{SCRIPT}```\nWith a function:\n```python\ndef add(a, b):\n    return a + b\nprint(add(1, 2))\n```"),
+    (SUM, "```python\ndef solve():\n    print(sum(map(int, input().split())))\n```\nand\n```python\nsolve()\n```"),
+    (SUM, f"```python\n{SCRIPT}```\n```python\nsys.stdin = io.StringIO('3 4')\nsolve()\n```"),
+    *[
+        ({"tests": tests}, SCRIPT)
+        for tests in (
+            {"input": ["3 4"], "output": ["7"]},
+            {"input": "3 4", "output": "7"},
+            {"inputs": ["3 4"], "outputs": [7], "fn_name": None},
+            ['{"input": "3 4", "output": "7"}'],
+            [{"input": "3 4", "expected": "7"}],
+            [{"input": "3 4", "expected_output": "7\r\n"}],
+            [{"input": "3 4", "output": 7.0}],
+        )
+    ],
+    *[
+        ({column: tests}, PROGRAM)
+        for column, tests in (
+            ("tests", "assert total([4, 9]) == 5\nassert total([]) == 0"),
+            ("test", "assert total([4, 9]) == 5"),
+            ("test", ["assert total([4, 9]) == 5"]),
+            ("tests", {"fn_name": "total", "inputs": ["[4, 9]"], "outputs": ["5"]}),
+        )
+    ],
+    ({"test_list": ["assert math.isclose(total([4, 9]), 5)"], "test_imports": "import math"}, PROGRAM),
+    ({"tests": [{"input": [[4, 9]], "output": 5}], "fn_name": "total"}, PROGRAM),
+    ({"tests": {"inputs": [[[4, 9]]], "outputs": [5]}, "entry_point": "total"}, PROGRAM),
+    ({"tests": {"fn_name": "f", "inputs": [["1"], ["x"]], "outputs": ["1", "x"]}}, "def f(x): return x"),
+    (
+        {"tests": {"fn_name": "f", "inputs": [[1]], "outputs": [[0.33333333, [[1, 2]], {"a": 0.3}]]}},
+        "def f(x): return [x / 3, [(1, 2)], {'a': 0.1 + 0.2}]",
+    ),
+    *[
+        ({"tests": [{"input": "", "output": wanted}]}, f"print({got})")
+        for got, wanted in (
+            ("2.0", "2"),
+            ("-0.0", "0"),
+            ("[0.1 + 0.2, 1]", "[0.3, 1]"),
+            ("'0.30000000000000004,1'", "0.3,1"),
+            ("float('inf')", "inf"),
+        )
+    ],
+]
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     (TOTAL, "```python\ndef total(xs):\n    return 1\n```\n"),
     (TOTAL, "I can't."),
@@ -134,12 +216,25 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (SUM, "```python\nimport sys; sys.exit(1)\n```"),
     (TOTAL, "```python\n" + PROGRAM + "```\n```python\ndef total(xs):\n    return 1\n```"),
     ({"tests": {"fn_name": "total", "inputs": [[[4, 9]]], "outputs": [6]}}, PROGRAM),
+    ({"tests": {"fn_name": "f", "inputs": [[1]], "outputs": ["1"]}}, "def f(x): return x"),
+    (TOTAL, "```python\nexit()\n```"),
+    (TOTAL, f"```python\n{PROGRAM}exit(1)\n```"),
+    *[
+        ({"tests": [{"input": "", "output": wanted}]}, f"print({got})")
+        for got, wanted in (
+            ("10**18", "1000000000000000001"),
+            ("1e18", "1000000000000000001"),
+            ("5.0", "1e400"),
+            ("'v1.10'", "v1.1"),
+            ("'1_0.0'", "10.0"),
+        )
+    ],
 ]
 
 UNUSABLE: list[tuple[dict[str, Any], str]] = [
     ({"tests": [{"in": "1", "out": "2"}]}, "a test of the column 'tests' must be {input, output}, [input"),
-    ({"tests": "oops"}, "the column 'tests' is text that is no JSON: Expecting value:"),
-    ({"tests": {"inputs": ["1"], "outputs": []}}, "'inputs' and 'outputs' must be lists of one length, got list"),
+    ({"tests": "oops"}, "the column 'tests' is text that is neither JSON nor assert statements: Expecting value:"),
+    ({"tests": {"inputs": ["1"], "outputs": []}}, "'inputs' and 'outputs' must be lists of one length, got 1 and 0"),
     ({"tests": []}, "the row's column tests is empty"),
     ({"tests": 5}, "the column 'tests' must be a list of tests, or {inputs, outp"),
     ({"answer": 1}, "code_tests needs a column test, test_list, test_cases, tests"),
@@ -155,7 +250,12 @@ UNUSABLE: list[tuple[dict[str, Any], str]] = [
     ({"tests": [{"input": {"a": 1}, "output": "1"}]}, "the input of a test must be text, a number or a list of line"),
     ({"tests": [1, 2]}, "a test of the column 'tests' must be {input, output}, [input"),
     ({"test_list": None}, "code_tests needs a column test, test_list, test_cases, tests"),
-    ({"tests": {"inputs": "ab", "outputs": "cd"}}, "'inputs' and 'outputs' must be lists of one length, got str "),
+    ({"tests": {"inputs": ["1"]}}, "the tests must have 'inputs' and 'outputs', got dict {'inputs': ['1']}"),
+    (
+        {"tests": {"fn_name": "a b", "inputs": [1], "outputs": [1]}},
+        "'fn_name' of the column 'tests' must be the name of a function, got str 'a b'",
+    ),
+    ({"test_list": ["assert total([4, 9]) = 5"]}, "the tests cannot be run: SyntaxError: "),
 ]
 
 
@@ -181,3 +281,14 @@ def test_the_tolerance_is_an_option() -> None:
     row = {"tests": [{"input": "", "output": "0.333"}]}
     assert GRADE("", "print(1 / 3)", row).value == 0.0
     assert load_grader({"name": "code_tests", "tolerance": 1e-3})("", "print(1 / 3)", row).value == 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["```\n", "```python\nx = 1\n", "```md\n", "def f(x) oops\n", "`", ">", PROGRAM, PROGRAM + "This is prose.\n"]
+)
+def test_long_completions_are_read_at_once(text: str) -> None:
+    completion = (text * 20000)[:20000]
+    start = time.process_time()
+    for names in (["total"], []):
+        find_program(TOTAL["prompt"], completion, names)
+    assert time.process_time() - start < 5.0

@@ -41,9 +41,10 @@ def serve(payload: dict[str, Any], calls: BinaryIO, replies: BinaryIO) -> None:
     try:
         for code in _compiled(payload["sources"]):
             exec(code, vars(module))
-    except BaseException as error:  # sys.exit at the top of a program is a failure too
-        send(replies, {"error": _lineage(error), "text": _text(error)})
-        return
+    except BaseException as error:
+        if not (isinstance(error, SystemExit) and error.code in (None, 0)):  # what stands before a last `exit()` is defined
+            send(replies, {"error": _lineage(error), "text": _text(error)})
+            return
     send(replies, {"value": None})
     kept: list[Any] = []
 
