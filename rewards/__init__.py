@@ -169,6 +169,9 @@ def _function_grader(name: str, options: dict[str, Any]) -> Grader:
     bound, version = partial(function, **options), _version(module, {"function": function_name, **options}, "")
     if "solution_str" in parameters:
         return Grader(name, one=partial(_grade_with_verl, bound, frozenset(parameters)), version=version)
+    if "solution_strs" in parameters:
+        many = partial(_grade_with_verl_batch, bound, frozenset(parameters), name)
+        return Grader(name, one=partial(_first_of, many), many=many, version=version)
     if "queries" in parameters:
         many = partial(_grade_with_openrlhf, bound, frozenset(parameters), name)
         return Grader(name, one=partial(_first_of, many), many=many, version=version)
@@ -179,15 +182,22 @@ def _function_grader(name: str, options: dict[str, Any]) -> Grader:
     return Grader(name, one=partial(_first_of, many), many=many, version=version)
 
 
+_TEXTS = "completions?|responses?|outputs?|generations?|solution_strs?"
+_GOLD = "answers?|labels?|ground_truths?|gold|targets?|references?"
+# What the first, second and third argument of a function cannot be, by their names.
+_OTHER_WORDS = (f"row|{_TEXTS}|{_GOLD}|data_sources?", f"row|prompts?|questions?|quer(?:y|ies)|{_GOLD}", f"prompts?|{_TEXTS}|{_GOLD}")
+
+
 def _check_three(name: str, parameters: Mapping[str, inspect.Parameter], options: dict[str, Any]) -> None:
-    """Refuse a function that three positional arguments do not fit."""
+    """Refuse a function that prompt, completion and row do not fit, by their number or by what the names of its arguments say."""
     places = [one for one in parameters.values() if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     needed = [one.name for one in places if one.default is one.empty and one.name not in options]
     needed += [
         one.name for one in parameters.values() if one.kind is one.KEYWORD_ONLY and one.default is one.empty and one.name not in options
     ]
     any_number = any(one.kind is one.VAR_POSITIONAL for one in parameters.values())
-    if len(needed) > 3 or (len(places) < 3 and not any_number):
+    misplaced = any(re.fullmatch(words, one.name) for one, words in zip(places, _OTHER_WORDS, strict=False))
+    if len(needed) > 3 or (len(places) < 3 and not any_number) or misplaced:
         raise RecipeError(
             f"{name} takes ({', '.join(parameters)}); write f(prompt, completion, row, **options), or one of TRL's f(prompts, completions, "
             "**columns), verl's f(data_source, solution_str, ground_truth, extra_info), OpenRLHF's f(queries, prompts, labels)"
@@ -216,7 +226,21 @@ async def _grade_with_verl(
     if "ground_truth" in accepted:
         arguments["ground_truth"] = _truth(row, "ground_truth")
     value = function(**{key: value for key, value in arguments.items() if key in accepted})
-    value = await value if inspect.isawaitable(value) else value
+    return _score(await value if inspect.isawaitable(value) else value)
+
+
+async def _grade_with_verl_batch(function: Callable[..., Any], accepted: frozenset[str], name: str, items: Sequence[Item]) -> list[Any]:
+    """Calls `f(data_sources, solution_strs, ground_truths, extra_infos)`, which returns for each what the function for one returns."""
+    rows = [row for *_, row in items]
+    arguments: dict[str, Any] = {f"{key}s": [row.get(key) for row in rows] for key in ("data_source", "extra_info")}
+    arguments["solution_strs"] = [completion for _, completion, _ in items]
+    if "ground_truths" in accepted:
+        arguments["ground_truths"] = [_truth(row, "ground_truth") for row in rows]
+    values = function(**{key: value for key, value in arguments.items() if key in accepted})
+    return list(map(_score, same_count(await values if inspect.isawaitable(values) else values, len(items), name)))
+
+
+def _score(value: Any) -> Any:
     return column(value, "score") if isinstance(value, dict) else value
 
 

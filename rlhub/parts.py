@@ -218,18 +218,25 @@ def _check_contract(package: ModuleType, module: ModuleType, name: str) -> None:
 
 
 def _has(module: ModuleType, wanted: str) -> bool:
-    """Whether a module has a dataclass `Config`, a function (written with its arguments) or a constant."""
+    """Whether a module has a dataclass `Config`, a function or method (written with its arguments) or a constant."""
     name, call, _ = wanted.partition("(")
-    value = vars(module).get(name)
+    value = _attribute(module, name)
     if name == "Config":
         return isinstance(value, type) and dataclasses.is_dataclass(value)
     return callable(value) if call else name in vars(module)
 
 
+def _attribute(module: ModuleType, name: str) -> Any:
+    """What a module has under a name, or a class of it under `Class.method`; None where it has none."""
+    name, _, method = name.partition(".")
+    value = vars(module).get(name)
+    return getattr(value, method, None) if method else value
+
+
 def _misfit(module: ModuleType, wanted: str) -> str | None:
     """How a function or class of a module differs from the arguments with which it is called; None where it takes them, or is not there."""
     name, call, arguments = wanted.partition("(")
-    value = vars(module).get(name)
+    value = _attribute(module, name)
     if not call or not callable(value):
         return None
     names = arguments.rstrip(")").split(", ")

@@ -138,6 +138,9 @@ OTHERS = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return {"score": float(solution_str.strip() == ground_truth), "source": data_source}
 
+def batch(data_sources, solution_strs, ground_truths, extra_infos=None):
+    return [{"score": float(text.strip() == gold)} for text, gold in zip(solution_strs, ground_truths)]
+
 def short(solution_str, ground_truth):
     return float(solution_str == ground_truth)
 
@@ -156,12 +159,18 @@ def two(completion, answer):
 def five(a, b, c, d, e):
     return 1.0
 
+def swapped(completion, prompt, row):
+    return 1.0
+
+def gold_last(prompt, response, answer):
+    return 1.0
+
 def mine(prompt, completion, row):
     return float(completion == row["answer"])
 """
 
 
-@pytest.mark.parametrize("function", ["compute_score", "short", "reward_func", "with_keywords", "trl", "mine"])
+@pytest.mark.parametrize("function", ["compute_score", "batch", "short", "reward_func", "with_keywords", "trl", "mine"])
 @pytest.mark.parametrize("gold", [{"answer": "4"}, {"answer": "4", "reward_model": {"ground_truth": "4"}, "data_source": "d"}])
 def test_functions_of_other_libraries_are_called_by_their_parameters(tmp_path: Path, function: str, gold: dict) -> None:
     (tmp_path / "theirs.py").write_text(OTHERS)
@@ -169,7 +178,7 @@ def test_functions_of_other_libraries_are_called_by_their_parameters(tmp_path: P
     assert [grader("p", completion, gold).value for completion in ("4", "5")] == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("function", ["two", "five"])
+@pytest.mark.parametrize("function", ["two", "five", "swapped", "gold_last"])
 def test_other_signatures_are_refused_with_those_that_fit(tmp_path: Path, function: str) -> None:
     (tmp_path / "theirs.py").write_text(OTHERS)
     with pytest.raises(RecipeError, match=r"takes \(.*\); write f\(prompt, completion, row, \*\*options\)"):

@@ -45,7 +45,13 @@ def choose(state, schedule, uniforms, config, deferred=None): ...
     "tasks": "def build(config, split, seed): ...",
     "models": "ARCHITECTURES = ()\ndef build(config): ...",
     "rewards": "def grade(prompt, completion, row, config): ...",
-    "transports": "class Transport:\n    def __init__(self, runtime, learners, config): ...",
+    "transports": """
+class Transport:
+    def __init__(self, runtime, learners, config): ...
+    def push(self, receivers, version, concurrent=False): ...
+    def refresh(self, receiver, version, concurrent=False): ...
+    def close(self): ...
+""",
 }
 KEYS = {
     "samplers": "sampler.name",
@@ -334,3 +340,23 @@ def test_a_family_in_a_file_is_the_one_that_trains_and_is_loaded(tiny, tmp_path)
     )
     run = train(tiny(f"model.family={file}", "run.steps=1", "sft.steps=1", f"run.output_dir={tmp_path}"), silent())
     assert rlhub.load_model(run).network.mine
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        ("def push", "def send", "has no Transport.push(self, receivers, version, concurrent)"),
+        ("def close(self)", "def close(self, hard)", "Transport.close is called with (self), and takes (self, hard)"),
+        (
+            "receiver, version, concurrent=False",
+            "receiver, version",
+            "Transport.refresh is called with (self, receiver, version, concurrent), and takes (self, receiver, version)",
+        ),
+    ],
+)
+def test_a_transport_without_its_methods_is_refused_when_it_is_loaded(tmp_path: Path, was: str, now: str, said: str) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(PARTS["transports"].replace(was, now))
+    with pytest.raises(RecipeError) as caught:
+        load_part("transports", str(file))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
