@@ -87,7 +87,7 @@ def _closing(line: str, mark: str) -> str | None:
         return None
     empty = not match["before"].strip(" \t>")
     after = match["after"]
-    closes = not after.strip() or (empty and (after[0] in " \t<.,;:" and not after.strip().isalnum()))
+    closes = not after.strip() or after.startswith("</") or (empty and after[0] in " \t.,;:" and not after.strip().isalnum())
     return ("" if empty else match["before"]) if closes else None
 
 

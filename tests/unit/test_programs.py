@@ -136,6 +136,7 @@ RIGHT += [
         "```python import math\n" + PROGRAM.partition("\n")[2] + "```",
         f"````markdown\nSo:\n```python\n{PROGRAM}```\n````",
         f"<answer>```python\n{PROGRAM}```</answer>",
+        f"<answer>```python\n{PROGRAM.rstrip()}```</answer>",
         f"Solution\n```\n{PROGRAM}```\n",
         f"`total` is ```python\n{PROGRAM}```",
         f"```python\n\ufeff{PROGRAM}```",
