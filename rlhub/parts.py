@@ -129,9 +129,12 @@ def absolute_file(name: Any, folder: Path) -> Any:
 
 
 def own_part_hashes(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """sha256 in hex of every file of Python that a flat recipe names as a part of the user's own, by file or by dotted path."""
+    """sha256 in hex of every file that a flat recipe names as a part of the user's own, by file or by dotted path.
+
+    What such a file imports is not among them.
+    """
     files: set[Path] = set()
-    for value in _texts(list(recipe.values())):
+    for value in _part_names(recipe):
         match = _FILE.fullmatch(value)
         if match:
             files.add(Path(match[1]))
@@ -146,16 +149,15 @@ def own_part_hashes(recipe: Mapping[str, Any]) -> dict[str, str]:
     return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files) if file.is_file()}
 
 
-def _texts(values: list[Any]) -> list[str]:
-    """All texts in nested lists and mappings."""
+def _part_names(values: Mapping[str, Any]) -> list[str]:
+    """Names of parts in a recipe: the texts under `name`, `transport` and `family`, also in lists of parts."""
     found = []
-    for value in values:
-        if isinstance(value, str):
+    for key, value in values.items():
+        if isinstance(value, str) and key != "run.name" and key.rpartition(".")[2] in ("name", "transport", "family"):
             found.append(value)
-        elif isinstance(value, Mapping):
-            found += _texts(list(value.values()))
-        elif isinstance(value, list | tuple):
-            found += _texts(list(value))
+        for nested in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(nested, Mapping):
+                found += _part_names(nested)
     return found
 
 

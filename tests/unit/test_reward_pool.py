@@ -318,6 +318,11 @@ def test_a_call_ends_soon_after_its_budget(pool: Callable[..., RewardPool]) -> N
     assert [result is None for result in pool("pause").grade([item()] * 3, budget_seconds=0.0)] == [False, True, True]
 
 
+def test_a_budget_begins_with_the_first_item_so_that_a_batch_stays_whole(pool: Callable[..., RewardPool]) -> None:
+    """However long the items wait for the process that grades them."""
+    assert counts(pool("batch").grade([item()] * 20, budget_seconds=0.0), 20) == {"ok": 20}
+
+
 def test_a_batched_grader_that_hangs_dies_or_raises_is_asked_for_each_item(pool: Callable[..., RewardPool], tmp_path: Path) -> None:
     batched = pool("batch", deadline_seconds=0.5, batch_size=4)
     for harm, status in (("hang", "timeout"), ("raise", "crashed"), ("exit", "crashed")):

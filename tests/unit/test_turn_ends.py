@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from rlhub.api import demonstrations, load_model
 from rlhub.checkpoints.folders import stop_ids_of
 from rlhub.checkpoints.tokenizers import answer_end, load_tokenizer
 from rlhub.checkpoints.weights import load_network, save_network
+from rlhub.config.recipe import load_recipe
 from rlhub.config.schema import SamplerConfig
 from rlhub.engines.torch_engine import Engine
 from rlhub.errors import CheckpointError
@@ -25,7 +27,10 @@ from rlhub.models import dream, illada, llada, llada2, llada_moe, sdar
 from rlhub.noise import Noise
 from rlhub.oracle.generation import generate
 from rlhub.tasks.preferences import Preference
-from rlhub.types import Request, RewardResult
+from rlhub.training.grading import grade
+from rlhub.training.rollouts import Issued
+from rlhub.training.supervised import demonstration_batch
+from rlhub.types import Example, Request, RewardResult, Rollout
 
 FAMILIES = {"llada": llada, "illada": illada, "llada_moe": llada_moe, "llada2": llada2, "dream": dream, "sdar": sdar}
 WORDS = ["[MASK]", "[EOS]", *"0123456789"]
@@ -134,3 +139,23 @@ def test_an_id_outside_the_vocabulary_is_told_at_load(tmp_path: Path, name: str)
 def test_null_where_it_is_the_default_and_unused_fields_are_no_obstacle() -> None:
     published = {**llada_moe.TINY, "moe_router_score_function": None, "router_num_group": -2, "router_topk_group": -2}
     assert llada_moe.Config.from_published(published) == llada_moe.Config.from_published(llada_moe.TINY)
+
+
+CHAT = [{"role": "user", "content": "2"}]
+
+
+def test_graders_see_the_answer_and_not_what_follows_its_turn() -> None:
+    steps, none = np.zeros(4, dtype=np.int16), np.zeros(4, np.float32)
+    rollout = Rollout(0, 0, np.array([4]), np.array([6, TURN, 4, EOS], np.int32), 2, steps, none, none, np.zeros(4, np.int32), 1)
+    issued = Issued([Request(0, 0, np.array([4], np.int32))], [Example(0, CHAT, {"answer": "4"})])
+    graders = SimpleNamespace(grade=lambda pieces: [[RewardResult(float(text == "4")) for _, text, _ in piece] for piece in pieces])
+    (graded,), texts = grade(SimpleNamespace(graders=graders), issued, [rollout], tokenizer(), 8)
+    assert texts == ["4"] and graded.reward == RewardResult(1.0)
+
+
+def test_demonstrations_of_a_chat_end_with_its_turn() -> None:
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "sort.yaml", ["sft.batch_size=2"])
+    examples = [Example(0, CHAT, {}, "3 4"), Example(1, "2", {}, "3 4")]
+    batch = demonstration_batch(SimpleNamespace(name="mine", example=examples.__getitem__), tokenizer(), recipe, 1)
+    assert [one.tolist()[:5] for one in batch.completions] == [[5, 6, TURN, EOS, EOS], [5, 6, EOS, EOS, EOS]]
+    assert batch.response_length.tolist() == [4, 3]
