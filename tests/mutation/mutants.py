@@ -1,9 +1,10 @@
 """`make mutants`: change one place of the code at a time, and see whether a test turns red.
 
 The changes are cosmic-ray's operators. A sample takes places at random and one change for each, so that an expression with many possible
-changes counts once. Each mutant lives in the memory of a forked process alone: no file is touched, and the tests' libraries are imported
-once. It meets the tests that run the changed function, cheapest files first, which are measured once for each test file and kept in
-`.mutants/`, as are results: a run that was stopped goes on, and after a test was written `--again` tries what survived.
+changes counts once; places have names, so that an edit changes the sample only where the edited lines are. Each mutant lives in the memory
+of a forked process alone: no file is touched, and the tests' libraries are imported once. It meets the tests that run the changed
+function, cheapest file first, which are measured once for each test file and kept in `.mutants/`, as are results: a run that was stopped
+goes on, after a test was written `--again` tries what survived, and `--fresh` tries all of them once more.
 
 Mutants that no test can see are listed with their reasons in `equivalent.yaml`, keyed by file, function and the changed lines.
 """
@@ -16,15 +17,16 @@ import importlib.abc
 import importlib.util
 import json
 import os
-import random
+import resource
 import signal
 import sys
 import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,8 @@ MARKS = "not slow and not gpu and not vllm"
 # Their import takes seconds. Nothing of ours may be among them: mutants are imported after the fork.
 PRELOADED = ("numpy", "scipy.stats", "torch", "pytest", "hypothesis", "safetensors.torch", "transformers", "omegaconf", "rich.console")
 BUDGET_S = 120.0  # of tests for one mutant, by their measured times
-PATIENCE = 6.0  # times the measured time, which counts as five seconds at least
+PATIENCE = 6.0  # times the measured time of a file of tests, which counts as five seconds at least: its limit in time of the processor
+HANG_S = 300.0  # of waiting beyond that
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,29 @@ def changed_lines(one: str, other: str) -> tuple[str, str]:
     return tuple(" ".join(line.strip() for line in lines[first : len(lines) - last]) for lines in (left, right))
 
 
+def chance(*facts: Any) -> bytes:
+    """A random rank that depends on nothing but these facts."""
+    return blake2b(repr(facts).encode(), digest_size=8).digest()
+
+
+def names_of_places(places: Iterable[tuple[Path, Any, Any]]) -> dict[tuple[Path, Any, Any], tuple]:
+    """What places, (file, start, stop), are called: by their file, function, line and columns in it; equal ones are numbered.
+
+    No number of a line is part of it, so that lines which are added elsewhere change no name.
+    """
+    names, seen = {}, Counter()
+    for file in sorted({file for file, _, _ in places}):
+        code = file.read_text()
+        lines, spans = code.splitlines(), functions(code)
+        for place in sorted(place for place in places if place[0] == file):
+            _, (line, column), (last, end) = place
+            text = lines[line - 1].strip()
+            name = (str(file.relative_to(ROOT)), function_at(spans, line), text, column - lines[line - 1].find(text), last - line, end)
+            names[place] = (*name, seen[name])
+            seen[name] += 1
+    return names
+
+
 def sample(files: Iterable[Path], count: int, seed: int) -> Iterator[Mutant]:
     """Mutants of `count` random places, or of all."""
     operators = [get_operator(name)() for name in operator_names() if name != "core/NoOp" and not get_operator(name).arguments()]
@@ -148,17 +174,13 @@ def sample(files: Iterable[Path], count: int, seed: int) -> Iterator[Mutant]:
             found = (position for node in nodes for position in operator.mutation_positions(node))
             for occurrence, (start, stop) in enumerate(found):
                 places[file, start, stop].append((operator, occurrence))
-    chance = random.Random(seed)
-    order = sorted(places, key=lambda place: (str(place[0]), place[1], place[2]))
-    chance.shuffle(order)
-    made = 0
-    for place in order:
+    names, made = names_of_places(places), 0
+    for place in sorted(places, key=lambda place: chance(seed, names[place])):
         if made == count:
             return
         source = place[0].read_text()
-        changes = places[place]
-        chance.shuffle(changes)
-        for operator, occurrence in changes:
+        ranked = [(chance(seed, names[place], number), change) for number, change in enumerate(places[place])]
+        for _, (operator, occurrence) in sorted(ranked, key=lambda one: one[0]):
             code = MutationVisitor.mutate_code(source, operator, occurrence)
             if code is not None and is_another_program(code, source):
                 before, after = changed_lines(source, code)
@@ -304,11 +326,22 @@ def fork(work: Any) -> int:
         os._exit(status)
 
 
-def test(mutant: Mutant, nodeids: list[str]) -> int:
+def test(mutant: Mutant, nodeids: list[str], tests: dict[str, dict[str, Any]]) -> int:
+    """pytest's exit status of the first file of tests that fails, else 0.
+
+    SIGXCPU ends a file that computes too long. Time of the processor does not depend on what else the machine does.
+    """
     import pytest
 
     sys.meta_path.insert(0, _InMemory(mutant))
-    return pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--timeout", "0", *nodeids])
+    for _, group in groupby(nodeids, key=lambda nodeid: nodeid.partition("::")[0]):
+        chosen = list(group)
+        limit = time.process_time() + PATIENCE * max(5.0, sum(tests[nodeid]["seconds"] for nodeid in chosen))
+        resource.setrlimit(resource.RLIMIT_CPU, (round(limit), resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--timeout", "0", *chosen])
+        if status:
+            return status
+    return 0
 
 
 def run(mutants: Iterable[Mutant], tests: dict[str, dict[str, Any]], jobs: int) -> Iterator[tuple[Mutant, str, float]]:
@@ -321,8 +354,8 @@ def run(mutants: Iterable[Mutant], tests: dict[str, dict[str, Any]], jobs: int) 
             if not nodeids:
                 yield mutant, "untested", 0.0
                 continue
-            pid = fork(lambda mutant=mutant, nodeids=nodeids: test(mutant, nodeids))
-            running[pid] = mutant, time.monotonic(), PATIENCE * max(seconds, 5.0)
+            pid = fork(lambda mutant=mutant, nodeids=nodeids: test(mutant, nodeids, tests))
+            running[pid] = mutant, time.monotonic(), HANG_S + PATIENCE * seconds
         for pid, (mutant, began, patience) in list(running.items()):
             spent = time.monotonic() - began
             ended, status = os.waitpid(pid, os.WNOHANG)
@@ -333,7 +366,8 @@ def run(mutants: Iterable[Mutant], tests: dict[str, dict[str, Any]], jobs: int) 
                 os.waitpid(pid, 0)
             del running[pid]
             code = os.waitstatus_to_exitcode(status)
-            yield mutant, "timeout" if not ended else "survived" if code == 0 else "killed", spent
+            timeout = not ended or code == -signal.SIGXCPU
+            yield mutant, "timeout" if timeout else "survived" if code == 0 else "killed", spent
         time.sleep(0.05)
 
 
@@ -347,6 +381,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
     parser.add_argument("--only", default="", help="files whose path has this in it")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="folders or files of tests")
+    parser.add_argument("--fresh", action="store_true", help="forget all results, though not the measured times, and begin again")
     parser.add_argument("--again", action="store_true", help="try what survived before once more")
     parser.add_argument("--control", action="store_true", help="run the tests of every file unchanged: nothing may be killed")
     parser.add_argument("--at-least", type=float, default=0.95, help="share that must be killed")
@@ -371,6 +406,8 @@ def main() -> int:
         return control(files, tests, options.jobs)
     mutants = list(sample(files, options.sample, options.seed))
     log = KEPT / "results.jsonl"
+    if options.fresh:
+        log.unlink(missing_ok=True)
     known = {tuple(row["key"]): row["outcome"] for row in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
     if options.again:
         known = {key: outcome for key, outcome in known.items() if outcome not in ("survived", "untested")}
@@ -403,7 +440,9 @@ def report(mutants: list[Mutant], known: dict, equivalent: set, at_least: float,
         print(f"\n{known[mutant.key]}: {mutant.file} {mutant.function}\n  - {mutant.before}\n  + {mutant.after}")
     share = 1 - len(alive) / max(len(counted), 1)
     num_killed, num_equivalent = len(counted) - len(alive), len(mutants) - len(counted)
-    print(f"\n{num_killed} of {len(counted)} mutants killed ({share:.1%}), {num_equivalent} equivalent, {seconds:.0f} s")
+    num_timeouts = sum(known[mutant.key] == "timeout" for mutant in counted)
+    killed = f"{num_killed} of {len(counted)} mutants killed ({share:.1%}; {num_timeouts} of them ran out of time)"
+    print(f"\n{killed}, {num_equivalent} equivalent, {seconds:.0f} s")
     return int(share < at_least)
 
 

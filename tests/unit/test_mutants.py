@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 
 import pytest
 from mutation.mutants import ROOT, changed_lines, function_at, functions, guards, is_another_program, sample
@@ -52,6 +53,19 @@ def test_samples_repeat_themselves_and_take_each_place_once() -> None:
     one, again, other = ([mutant.key for mutant in sample(files, 12, seed)] for seed in (0, 0, 1))
     assert one == again and one != other and len(set(one)) == 12
     assert all(mutant.before != mutant.after and ast.parse(mutant.code) for mutant in sample(files, 12, 0))
+
+
+def test_lines_added_elsewhere_leave_the_sample_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mutation.mutants.ROOT", tmp_path)
+    file, code = tmp_path / "schedule.py", (ROOT / "rlhub/algorithm/schedule.py").read_text()
+    samples = []
+    first_function = "def learning_rate_factor"
+    assert first_function in code
+    for text in (code, code + "\n\ndef later(x):\n    return x + 1\n", code.replace(first_function, f"EARLIER = 3\n\n\n{first_function}")):
+        file.write_text(text)
+        samples.append({mutant.key for mutant in sample([file], 1000, 0)})
+    first, *others = samples
+    assert all(first < other and len(other) > len(first) for other in others)
 
 
 def test_mutants_meet_the_tests_that_run_their_function_cheapest_file_first() -> None:
